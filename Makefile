@@ -1,0 +1,49 @@
+# make demo   the main job on a photograph: out/demo holds the picture
+# make test   everything that runs without a GPU (and, with one, everything)
+# make bench  the operators beside the reference, timed on this machine
+# make lint   ruff and clang-format; make format applies them
+# Each sets up .venv on first use. TORCH says which torch that is, for example TORCH=torch for the newest.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+
+.PHONY: demo test bench lint format clean
+
+demo: $(VENV)/built
+	$(BIN)/lvtp demo --out out/demo
+
+test: $(VENV)/built
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/built
+	$(BIN)/pip install --quiet -e ".[bench]" --no-build-isolation
+	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=out/bench.json
+
+lint: $(VENV)/linters
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+format: $(VENV)/linters
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+clean:
+	rm -rf build dist out lvtp/lib *.egg-info
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
+
+# Build requirements come first, then the package without isolation, so that a rebuild compiles only what changed.
+$(VENV)/built: $(VENV)/bin/python pyproject.toml setup.py CMakeLists.txt $(CPP)
+	$(BIN)/pip install --quiet "$(TORCH)" "setuptools>=77" wheel "cmake>=3.25" ninja
+	$(BIN)/pip install --quiet --no-build-isolation -e ".[test]"
+	touch $@
+
+$(VENV)/linters: $(VENV)/bin/python pyproject.toml
+	$(BIN)/pip install --quiet --group lint
+	touch $@

@@ -1,0 +1,51 @@
+#include <vector>
+
+#include "common.h"
+#include "greedy.h"
+
+namespace lvtp::cpu {
+
+// scores, labels [B, N], similarity [B, N, N], threshold [B] -> kept, bool [B, N].
+Tensor cluster_nms(
+    const Tensor& scores, const Tensor& labels, const Tensor& similarity, const Tensor& threshold,
+    const OptionalTensor& mask) {
+  const auto s = ready(scores, ScalarType::Float), sim = ready(similarity, ScalarType::Float);
+  const auto tau = ready(threshold, ScalarType::Float), group = ready(labels);
+  const int64_t b = s.size(0), n = s.size(1);
+  const Mask present(mask, n);
+  auto kept = torch::stable::new_zeros(s, {b, n}, ScalarType::Bool);
+
+  for_each_image(b, [&](int64_t image) {
+    std::vector<GroupNms::State> states(n);
+    for (int64_t j = 0; j < n; ++j) {
+      const float score = data<float>(s)[image * n + j];
+      states[j] = {score == score ? score : kOut, data<int64_t>(group)[image * n + j], false};
+    }
+    bool* out = data_out<bool>(kept) + image * n;
+    greedy(
+        GroupNms{data<float>(tau)[image]}, states, n, [&](int64_t j) { return present(image, j); },
+        [&](int64_t i) { return data<float>(sim) + (image * n + i) * n; }, [&](int64_t, int64_t i) { out[i] = true; });
+  });
+  return kept;
+}
+
+static Tensor cluster_nms_per_image_op(
+    Tensor scores, Tensor labels, Tensor similarity, Tensor threshold, OptionalTensor mask) {
+  checks::cluster_nms(scores, labels, similarity, threshold, mask);
+  check_labels("cluster_nms", labels, mask);
+  return cluster_nms(scores, labels, similarity, threshold, mask);
+}
+
+static Tensor cluster_nms_op(Tensor scores, Tensor labels, Tensor similarity, double threshold, OptionalTensor mask) {
+  checks::cluster_nms(scores, labels, similarity, std::nullopt, mask);
+  check_labels("cluster_nms", labels, mask);
+  const auto same = torch::stable::full({scores.size(0)}, threshold, ScalarType::Float);
+  return cluster_nms(scores, labels, similarity, same, mask);
+}
+
+}  // namespace lvtp::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(lvtp, CPU, m) {
+  m.impl("cluster_nms", TORCH_BOX(&lvtp::cpu::cluster_nms_op));
+  m.impl("cluster_nms.per_image", TORCH_BOX(&lvtp::cpu::cluster_nms_per_image_op));
+}

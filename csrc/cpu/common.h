@@ -1,0 +1,145 @@
+// What the CPU kernels share: tensors made ready to be walked with plain pointers, dispatch on dtype, calls into ATen.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <utility>
+
+#include "../checks.h"
+
+namespace lvtp::cpu {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// Owning and contiguous, in `dtype`; the tensor itself where it already is.
+inline Tensor ready(const Tensor& t, ScalarType dtype) {
+  const Tensor same = t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
+  return same.is_contiguous() ? same : torch::stable::contiguous(same);
+}
+inline Tensor ready(const Tensor& t) { return ready(t, t.scalar_type()); }
+
+template <class T>
+const T* data(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+template <class T>
+T* data_out(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+inline Tensor empty_like_device(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
+  return torch::stable::new_empty(like, shape, dtype);
+}
+
+// The row of a [B, N] bool mask that belongs to one image; without a mask every token is present.
+struct Mask {
+  std::optional<Tensor> tensor;
+  int64_t n;
+  Mask(const OptionalTensor& mask, int64_t n) : n(n) {
+    if (mask) tensor = ready(*mask);
+  }
+  bool operator()(int64_t image, int64_t token) const { return !tensor || data<bool>(*tensor)[image * n + token]; }
+};
+
+// fn(pointer of the tensor's element type) for the three feature dtypes.
+template <class F>
+void with_features(const Tensor& x, const F& fn) {
+  switch (x.scalar_type()) {
+    case ScalarType::Half: return fn(data<c10::Half>(x));
+    case ScalarType::BFloat16: return fn(data<c10::BFloat16>(x));
+    default: return fn(data<float>(x));
+  }
+}
+
+// An operator of torch itself, with `Returns` tensors: the stable ABI's way to reach its GEMM and LAPACK.
+template <int Returns, class... Args>
+std::array<Tensor, Returns> aten(const char* name, const char* overload, const Args&... args) {
+  constexpr size_t kSlots = std::max<size_t>(Returns, sizeof...(Args));
+  std::array<StableIValue, kSlots> stack{torch::stable::detail::from(args)...};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+  std::array<Tensor, Returns> out;
+  for (int i = 0; i < Returns; ++i) out[i] = torch::stable::detail::to<Tensor>(stack[i]);
+  return out;
+}
+
+// x x^T of every image, fp32 [B, N, D] -> [B, N, N], by the library's GEMM: nothing of ours would beat it. The out=
+// variant, because autocast would round the operands of the functional one to half precision.
+inline Tensor gram(const Tensor& x) {
+  auto out = empty_like_device(x, {x.size(0), x.size(1), x.size(1)}, ScalarType::Float);
+  aten<1>("aten::bmm", "out", x, torch::stable::transpose(x, 1, 2), out);
+  return out;
+}
+
+// Unit vectors of N tokens, x^ = x / max(||x||, 1e-12), in fp32. The norm is summed in double, so finite features
+// never overflow; a token that is all zero or not finite becomes the zero vector and resembles nothing.
+template <class T>
+void unit_rows(const T* x, int64_t n, int64_t d, float* out) {
+  for (int64_t i = 0; i < n; ++i, x += d, out += d) {
+    double sum = 0.0;
+    for (int64_t c = 0; c < d; ++c) {
+      const float v = static_cast<float>(x[c]);
+      sum += static_cast<double>(v) * v;
+    }
+    const float norm = std::fmax(static_cast<float>(std::sqrt(sum)), 1e-12f);
+    const bool usable = std::isfinite(sum);
+    for (int64_t c = 0; c < d; ++c) out[c] = usable ? static_cast<float>(x[c]) / norm : 0.0f;
+  }
+}
+
+// [B, N, D] -> fp32 [B, N, D], images in parallel.
+inline Tensor unit_features(const Tensor& features) {
+  const auto x = ready(features);
+  const int64_t b = x.size(0), n = x.size(1), d = x.size(2);
+  auto out = empty_like_device(x, {b, n, d}, ScalarType::Float);
+  with_features(x, [&](const auto* p) {
+    torch::stable::parallel_for(0, b * n, 64, [&](int64_t begin, int64_t end) {
+      unit_rows(p + begin * d, end - begin, d, data_out<float>(out) + begin * d);
+    });
+  });
+  return out;
+}
+
+// fn(image) for every image, in parallel.
+template <class F>
+void for_each_image(int64_t images, const F& fn) {
+  torch::stable::parallel_for(0, images, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) fn(b);
+  });
+}
+
+// Label values of the real tokens, in [0, groups), or just not negative where there is no bound. Only a CPU kernel may
+// do this: its tensors are in reach, and no GPU is waited for.
+inline void check_labels(
+    const char* op, const Tensor& labels, const OptionalTensor& mask, std::optional<int64_t> groups = std::nullopt) {
+  const auto l = ready(labels);
+  const Mask present(mask, l.size(1));
+  const std::string bound = groups ? std::to_string(*groups) : "G";
+  for (int64_t i = 0; i < l.numel(); ++i) {
+    const int64_t label = data<int64_t>(l)[i];
+    const bool fits = label >= 0 && (!groups || label < *groups);
+    checks::require(fits || !present(0, i), op, "labels", "in [0, " + bound + ")", label);
+  }
+}
+
+// The ops that others are made of; arguments already checked.
+Tensor cosine_similarity(const Tensor& features);
+Tensor mean_similarity(const Tensor& features, const OptionalTensor& mask);
+Tensor cluster_nms(
+    const Tensor& scores, const Tensor& labels, const Tensor& similarity, const Tensor& threshold,
+    const OptionalTensor& mask);
+std::pair<Tensor, Tensor> psca(
+    const Tensor& features, int64_t groups, const std::string& center, const OptionalTensor& mask);
+
+}  // namespace lvtp::cpu

@@ -1,0 +1,39 @@
+#include <algorithm>
+#include <vector>
+
+#include "common.h"
+#include "greedy.h"
+
+namespace lvtp::cpu {
+
+// ID-Selection's loop on a given similarity: scores [B, N], similarity [B, N, N] -> int64 [B, k] in pick order,
+// -1 after the last real token.
+static Tensor greedy_suppression_op(Tensor scores, Tensor similarity, int64_t k, double gamma, OptionalTensor mask) {
+  checks::greedy_suppression(scores, similarity, k, gamma, mask);
+  const auto s = ready(scores, ScalarType::Float);
+  const auto sim = ready(similarity, ScalarType::Float);
+  const int64_t b = s.size(0), n = s.size(1);
+  const Mask present(mask, n);
+  auto out = empty_like_device(s, {b, k}, ScalarType::Long);
+
+  for_each_image(b, [&](int64_t image) {
+    std::vector<Suppression::State> states(n);
+    for (int64_t j = 0; j < n; ++j) states[j] = {finite_score(data<float>(s)[image * n + j])};
+    std::vector<float> clean(n);
+    const auto row = [&](int64_t i) {
+      const float* given = data<float>(sim) + (image * n + i) * n;
+      std::transform(given, given + n, clean.begin(), finite_similarity);
+      return clean.data();
+    };
+    int64_t* picks = data_out<int64_t>(out) + image * k;
+    std::fill_n(picks, k, -1);
+    greedy(
+        suppression(gamma), states, k, [&](int64_t j) { return present(image, j); }, row,
+        [&](int64_t step, int64_t i) { picks[step] = i; });
+  });
+  return out;
+}
+
+}  // namespace lvtp::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(lvtp, CPU, m) { m.impl("greedy_suppression", TORCH_BOX(&lvtp::cpu::greedy_suppression_op)); }

@@ -1,0 +1,84 @@
+#include <numeric>
+#include <vector>
+
+#include "../quotas.h"
+#include "common.h"
+
+namespace lvtp::cpu {
+
+// Steps 5 to 7 for one image: quotas a group, then from each group its quota, what NMS kept first, the rest by score;
+// written in ascending order, -1 after the last where the image has fewer real tokens than places.
+template <class Present>
+static void pick_by_quota(
+    const float* scores, const int64_t* labels, const bool* kept, int64_t tokens, int64_t groups, int64_t n,
+    int64_t reserved, const Present& present, int64_t* picks) {
+  std::vector<int32_t> size(groups, 0), kept_in(groups, 0), up(groups), quota(groups);
+  std::vector<int64_t> order;  // real tokens, best first
+  for (int64_t i = 0; i < tokens; ++i) {
+    if (!present(i)) continue;
+    ++size[labels[i]];
+    kept_in[labels[i]] += kept[i];
+    order.push_back(i);
+  }
+  const int64_t places = std::min(n - reserved, tokens);
+  const int64_t target = std::min(places, static_cast<int64_t>(order.size()));
+  quotas(size.data(), kept_in.data(), static_cast<int32_t>(groups), n, reserved, target, up.data(), quota.data());
+
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+    if (kept[a] != kept[b]) return kept[a];
+    if (std::isnan(scores[a])) return false;  // a NaN score comes last
+    return std::isnan(scores[b]) || scores[a] > scores[b];
+  });
+  std::vector<char> taken(tokens, 0);
+  for (const int64_t i : order) taken[i] = quota[labels[i]]-- > 0;
+
+  std::fill_n(picks, places, -1);
+  for (int64_t i = 0; i < tokens; ++i) {
+    if (taken[i]) *picks++ = i;
+  }
+}
+
+// features [B, N, D], importance [B, N] or none (the loadings then) -> int64 [B, min(n - reserved, N)], ascending.
+static Tensor prune_sid_op(
+    Tensor features, OptionalTensor importance, int64_t n, int64_t reserved, std::string center, OptionalTensor labels,
+    OptionalTensor mask) {
+  checks::prune_sid(features, importance, n, reserved, center, labels, mask);
+  const int64_t b = features.size(0), tokens = features.size(1);
+  const int64_t groups = std::max<int64_t>(1, std::min(n / 4, tokens));
+
+  Tensor group, scores;
+  if (labels) {
+    check_labels("prune_sid", *labels, mask, groups);
+    group = ready(*labels);
+    scores = ready(*importance, ScalarType::Float);
+  } else {
+    const auto [component, loadings] = psca(features, groups, center, mask);
+    group = component;
+    scores = importance ? ready(*importance, ScalarType::Float) : loadings;
+  }
+
+  // rho becomes the threshold in place. From 1 up it suppresses nothing, even where rounding makes a similarity
+  // slightly larger than 1.
+  const auto tau = mean_similarity(features, mask);
+  for (int64_t image = 0; image < b; ++image) {
+    float& t = data_out<float>(tau)[image];
+    t = t * static_cast<float>(n) / 32.0f;
+    if (t >= 1.0f) t = INFINITY;
+  }
+  const auto kept = cluster_nms(scores, group, cosine_similarity(features), tau, mask);
+
+  const int64_t places = std::min(n - reserved, tokens);
+  auto out = empty_like_device(features, {b, places}, ScalarType::Long);
+  const Mask present(mask, tokens);
+  for_each_image(b, [&](int64_t image) {
+    pick_by_quota(
+        data<float>(scores) + image * tokens, data<int64_t>(group) + image * tokens, data<bool>(kept) + image * tokens,
+        tokens, groups, n, reserved, [&](int64_t i) { return present(image, i); },
+        data_out<int64_t>(out) + image * places);
+  });
+  return out;
+}
+
+}  // namespace lvtp::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(lvtp, CPU, m) { m.impl("prune_sid", TORCH_BOX(&lvtp::cpu::prune_sid_op)); }

@@ -1,0 +1,157 @@
+"""Argument checks, once: the Python twin of `csrc/checks.h`, same order, same words.
+
+Every check reads metadata only (rank, shape, dtype, device), so it never waits for a GPU and traces under
+`torch.compile`. A failed one raises `RuntimeError`, as torch's own operators do, whichever backend runs:
+the stable ABI can throw nothing else, and what a caller catches must not depend on where a tensor lives.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+FEATURE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+CENTERS = ("feature", "token")
+
+
+def _fail_unless(ok, op: str, argument: str, takes: str, got) -> None:
+    torch._check(ok, lambda: f"{op}: {argument} must be {takes}, got {got}")
+
+
+def _shape(t: Tensor) -> str:
+    return "[" + ", ".join(str(s) for s in t.shape) + "]"
+
+
+def _dtype(t: Tensor) -> str:
+    return str(t.dtype).removeprefix("torch.")
+
+
+def check_features(op: str, features: Tensor) -> None:
+    _fail_unless(features.dim() == 3, op, "features", "a [B, N, D] tensor", f"shape {_shape(features)}")
+    _fail_unless(features.dtype in FEATURE_DTYPES, op, "features", "float32, float16 or bfloat16", _dtype(features))
+    _fail_unless(features.shape[1] >= 1, op, "features", "a tensor of at least one token (N >= 1)", _shape(features))
+    _fail_unless(features.shape[2] >= 1, op, "features", "a tensor of at least one feature (D >= 1)", _shape(features))
+
+
+def check_scores(op: str, name: str, scores: Tensor) -> None:
+    """[B, N] of any floating dtype, when it is the argument that defines B and N."""
+    _fail_unless(scores.dim() == 2, op, name, "a [B, N] tensor", f"shape {_shape(scores)}")
+    _fail_unless(scores.is_floating_point(), op, name, "a floating-point tensor", _dtype(scores))
+    _fail_unless(scores.shape[1] >= 1, op, name, "a tensor of at least one token (N >= 1)", _shape(scores))
+
+
+def check_companion(op: str, name: str, t: Tensor, like: Tensor, shape: tuple, kind: str) -> None:
+    """A tensor whose shape and device follow another's. `kind`: "float", "int64" or "bool"."""
+    wanted = "[" + ", ".join(str(s) for s in shape) + "]"
+    _fail_unless(
+        t.dim() == len(shape) and all(a == b for a, b in zip(t.shape, shape, strict=True)),
+        op, name, f"of shape {wanted}", _shape(t),
+    )  # fmt: skip
+    if kind == "float":
+        _fail_unless(t.is_floating_point(), op, name, "a floating-point tensor", _dtype(t))
+    else:
+        _fail_unless(_dtype(t) == kind, op, name, f"{kind}", _dtype(t))
+    _fail_unless(t.device == like.device, op, name, f"on {like.device}", f"{t.device}")
+
+
+def check_mask(op: str, mask: Tensor | None, like: Tensor) -> None:
+    """`mask` [B, N] bool (False = padding) beside a [B, N, ...] tensor."""
+    if mask is not None:
+        check_companion(op, "mask", mask, like, (like.shape[0], like.shape[1]), "bool")
+
+
+def check_count(op: str, name: str, value, low: int, high=None) -> None:
+    if high is None:
+        _fail_unless(value >= low, op, name, f"at least {low}", value)
+    else:
+        _fail_unless(value >= low, op, name, f"in [{low}, {high}]", value)
+        _fail_unless(value <= high, op, name, f"in [{low}, {high}]", value)
+
+
+def check_gamma(op: str, gamma: float) -> None:
+    _fail_unless(math.isfinite(gamma) and gamma >= 0, op, "gamma", "finite and at least 0", gamma)
+
+
+def check_center(op: str, center: str) -> None:
+    _fail_unless(center in CENTERS, op, "center", '"feature" or "token"', f'"{center}"')
+
+
+# One function an operator: what `csrc/checks.h` does for the compiled kernels, in the same order.
+
+
+def cosine_similarity(features: Tensor) -> None:
+    check_features("cosine_similarity", features)
+
+
+def mean_similarity(features: Tensor, mask: Tensor | None = None) -> None:
+    check_features("mean_similarity", features)
+    check_mask("mean_similarity", mask, features)
+
+
+def greedy_suppression(scores: Tensor, similarity: Tensor, k: int, gamma: float, mask: Tensor | None = None) -> None:
+    op = "greedy_suppression"
+    check_scores(op, "scores", scores)
+    n = scores.shape[1]
+    check_companion(op, "similarity", similarity, scores, (scores.shape[0], n, n), "float")
+    check_count(op, "k", k, 1, n)
+    check_gamma(op, gamma)
+    check_mask(op, mask, scores)
+
+
+def cluster_nms(
+    scores: Tensor, labels: Tensor, similarity: Tensor, threshold: float | Tensor, mask: Tensor | None = None
+) -> None:
+    op = "cluster_nms"
+    check_scores(op, "scores", scores)
+    b, n = scores.shape
+    check_companion(op, "labels", labels, scores, (b, n), "int64")
+    check_companion(op, "similarity", similarity, scores, (b, n, n), "float")
+    if isinstance(threshold, Tensor):
+        check_companion(op, "threshold", threshold, scores, (b,), "float")
+    check_mask(op, mask, scores)
+
+
+def psca(features: Tensor, groups: int, center: str) -> None:
+    check_features("psca", features)
+    check_count("psca", "groups", groups, 1, features.shape[1])
+    check_center("psca", center)
+
+
+def id_selection(features: Tensor, importance: Tensor, k: int, gamma: float, mask: Tensor | None = None) -> None:
+    op = "id_selection"
+    check_features(op, features)
+    check_companion(op, "importance", importance, features, (features.shape[0], features.shape[1]), "float")
+    check_count(op, "k", k, 1, features.shape[1])
+    check_gamma(op, gamma)
+    check_mask(op, mask, features)
+
+
+def prune_sid(
+    features: Tensor,
+    importance: Tensor | None,
+    n: int,
+    reserved: int = 0,
+    center: str = "feature",
+    labels: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> None:
+    op = "prune_sid"
+    check_features(op, features)
+    shape = (features.shape[0], features.shape[1])
+    if importance is not None:
+        check_companion(op, "importance", importance, features, shape, "float")
+    check_count(op, "n", n, 1)
+    check_count(op, "reserved", reserved, 0, n - 1)
+    check_center(op, center)
+    if labels is not None:
+        check_companion(op, "labels", labels, features, shape, "int64")
+        _fail_unless(importance is not None, op, "importance", "given when labels are", "None")
+    check_mask(op, mask, features)
+
+
+def dynamic_budget(features: Tensor, total: int, minimum: int = 1) -> None:
+    op = "dynamic_budget"
+    check_features(op, features)
+    check_count(op, "minimum", minimum, 0, features.shape[1])
+    b, n = features.shape[0], features.shape[1]
+    check_count(op, "total", total, b * minimum, b * n)

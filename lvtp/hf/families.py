@@ -1,0 +1,38 @@
+"""The families that are served. A new one is a file beside `llava.py` and an entry here."""
+
+from transformers.modeling_utils import PreTrainedModel
+
+from lvtp.hf.family import Family
+from lvtp.hf.llava import Llava
+from lvtp.hf.options import Options
+
+_FAMILIES: tuple[Family, ...] = (Llava(),)
+
+
+def supported() -> tuple[str, ...]:
+    """The transformers model classes that `prune`, `patch` and `prepare` take."""
+    return tuple(family.model_class for family in _FAMILIES)
+
+
+def family_of(model: PreTrainedModel, options: Options) -> Family:
+    """The family that serves `model`, after it has checked that it can do what `options` ask."""
+    names = {base.__name__ for base in type(model).__mro__}
+    for family in _FAMILIES:
+        if family.model_class in names:
+            _check_options(family, options)
+            family.check(model, options)
+            return family
+    raise TypeError(f"model must be one of {', '.join(supported())}, got {type(model).__name__}")
+
+
+def _check_options(family: Family, options: Options) -> None:
+    if options.scope not in family.scopes:
+        scopes = ", ".join(map(repr, family.scopes))
+        raise ValueError(f"scope must be one of {scopes} for {family.model_class}, got {options.scope!r}")
+    if options.newline is not None and options.newline not in family.newlines:
+        takes = (
+            f"one of {', '.join(map(repr, family.newlines))}"
+            if family.newlines
+            else "left out (it has no newline tokens)"
+        )
+        raise ValueError(f"newline must be {takes} for {family.model_class}, got {options.newline!r}")

@@ -1,0 +1,135 @@
+"""What `generate` needs around a shortened prompt: length limits, the prompt in its output, and the turn after."""
+
+import copy
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from lvtp.hf.rewrite import Pruned
+
+
+def setting(model: PreTrainedModel, call: dict[str, Any], name: str):
+    """A generation setting, with transformers' precedence: argument, `generation_config`, the model's own; or None."""
+    sources = (call.get("generation_config"), model.generation_config)
+    values = [call.get(name), *(getattr(source, name, None) for source in sources)]
+    return next((value for value in values if value is not None), None)
+
+
+def lower_limits(model: PreTrainedModel, call: dict[str, Any], by: int) -> dict[str, Any]:
+    """The call with `max_length` and `min_length`, which count the prompt, lowered by the tokens it lost."""
+    call = dict(call)
+    for limit, takes_precedence in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+        value = setting(model, call, limit)
+        if not value or setting(model, call, takes_precedence) is not None:
+            continue
+        lowered = max(value - by, 1)
+        if call.get(limit) is None and call.get("generation_config") is not None:
+            # An argument beside a generation_config is deprecated.
+            call["generation_config"] = copy.deepcopy(call["generation_config"])
+            setattr(call["generation_config"], limit, lowered)
+        else:
+            call[limit] = lowered
+    return call
+
+
+def restore_prompt(outputs: Tensor | ModelOutput, prompt: Tensor, pruned_length: int) -> Tensor | ModelOutput:
+    """What `generate` returned, with the pruned prompt in its sequences [R, S' + new] replaced by `prompt` [B, S]."""
+    sequences = outputs if isinstance(outputs, Tensor) else outputs.sequences
+    prompts = prompt.repeat_interleave(sequences.shape[0] // prompt.shape[0], dim=0).to(sequences.device)
+    sequences = torch.cat([prompts, sequences[:, pruned_length:]], dim=1)
+    if isinstance(outputs, Tensor):
+        return sequences
+    outputs.sequences = sequences
+    return outputs
+
+
+@contextmanager
+def always_masked(model: PreTrainedModel):
+    """Gives every forward call a mask.
+
+    `generate` drops one that is all ones; with the cache off, attention then reads the gaps of original positions as
+    the starts of packed sequences.
+    """
+
+    def add_mask(module, args, kwargs):
+        if kwargs.get("attention_mask") is None:
+            kwargs["attention_mask"] = torch.ones_like(kwargs["input_ids"])
+        return args, kwargs
+
+    hook = model.register_forward_pre_hook(add_mask, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@dataclass(frozen=True)
+class _CachedPrompt:
+    """What is known about the pruned prompt in a key-value cache."""
+
+    skipped: Tensor  # int64 [B]: how far positions run ahead of the tokens cached; 0 for compact positions
+    restored: bool  # whether the sequences returned beside the cache hold the unpruned prompt
+
+
+_CACHED_PROMPTS: WeakKeyDictionary[Cache, _CachedPrompt] = WeakKeyDictionary()
+
+
+def remember_cache(call: dict[str, Any], outputs: Tensor | ModelOutput, pruned: Pruned, restored: bool) -> None:
+    """Notes what the cache of a `generate` call holds, if the caller can get at it."""
+    cache = call.get("past_key_values")
+    if cache is None and isinstance(outputs, ModelOutput):
+        cache = outputs.get("past_key_values")
+    if cache is None:
+        return
+    sequences = outputs if isinstance(outputs, Tensor) else outputs.sequences
+    skipped = pruned.next_position - pruned.kept.sum(dim=1)  # [B]
+    skipped = skipped.repeat_interleave(sequences.shape[0] // len(skipped))
+    _CACHED_PROMPTS[cache] = _CachedPrompt(skipped, restored)
+
+
+def filled_cache(call: dict[str, Any]) -> Cache | None:
+    """The key-value cache of an earlier turn that the call continues, if any."""
+    cache = call.get("past_key_values")
+    return cache if cache is not None and cache.get_seq_length() > 0 else None
+
+
+def check_continued_prompt(call: dict[str, Any]) -> None:
+    """Raises if the call continues a cache of pruned tokens with sequences that hold the unpruned prompt."""
+    cache = filled_cache(call)
+    if cache is not None and cache in _CACHED_PROMPTS and _CACHED_PROMPTS[cache].restored:
+        raise ValueError(
+            "past_key_values holds a pruned prompt, but the sequences returned with it hold the original one, so the "
+            "two do not line up: generate the first turn with restore_prompt=False to continue from its cache"
+        )
+
+
+def continue_positions(call: dict[str, Any], positions: str) -> dict[str, Any]:
+    """The call with the position ids of a later turn, where those that transformers counts would be too low."""
+    cache = filled_cache(call)
+    if cache is None or call.get("position_ids") is not None:
+        return call
+    known = _CACHED_PROMPTS.get(cache)
+    if known is None and positions == "original":
+        raise ValueError(
+            "position_ids must be given with positions='original' and a past_key_values that did not come from a "
+            "pruned generate: they go on from pruning.last.next_position"
+        )
+    if known is None or not bool(known.skipped.any()):
+        return call
+    ids, mask = call["input_ids"], call.get("attention_mask")
+    if ids.shape[0] != known.skipped.shape[0]:
+        raise ValueError(
+            f"input_ids must hold the {known.skipped.shape[0]} rows of past_key_values, got {ids.shape[0]}"
+        )
+    if mask is None:
+        mask = torch.ones_like(ids)
+    ahead = known.skipped.to(mask.device)[:, None]
+    position_ids = (mask.long().cumsum(dim=1) - 1).clamp(min=0) + ahead  # [B, cached + new]
+    return {**call, "position_ids": position_ids[:, -ids.shape[1] :]}

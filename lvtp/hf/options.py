@@ -1,0 +1,54 @@
+"""What a caller can ask for, checked once at the call that asks."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+METHODS = ("id_selection", "prune_sid")
+SCORES = ("auto", "cls", "received")
+POSITIONS = ("auto", "compact", "original")
+
+Score = str | Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of `prune`, `patch` and `prepare`; see `lvtp.hf.prune` for their meaning."""
+
+    method: str = "id_selection"
+    keep: int | float = 64
+    score: Score = "auto"
+    positions: str = "auto"
+    scope: str = "image"
+    newline: str | None = None
+    restore_prompt: bool = True
+
+    def __post_init__(self):
+        _check_choice("method", self.method, METHODS)
+        _check_keep(self.keep)
+        if not callable(self.score):
+            _check_choice("score", self.score, SCORES, " or a callable")
+        _check_choice("positions", self.positions, POSITIONS)
+        if not isinstance(self.restore_prompt, bool):
+            raise ValueError(f"restore_prompt must be True or False, got {self.restore_prompt!r}")
+
+    def budget(self, tokens: int) -> int:
+        """How many of an image's `tokens` are kept: at least 1, at most all; a ratio rounds half up."""
+        wanted = math.floor(self.keep * tokens + 0.5) if isinstance(self.keep, float) else self.keep
+        return min(max(wanted, 1), tokens)
+
+
+def _check_keep(keep) -> None:
+    is_count = isinstance(keep, int) and not isinstance(keep, bool) and keep >= 1
+    is_ratio = isinstance(keep, float) and 0 < keep <= 1
+    if not (is_count or is_ratio):
+        raise ValueError(
+            f"keep must be an int of at least 1 (tokens an image) or a float in (0, 1] (ratio), got {keep!r}"
+        )
+
+
+def _check_choice(argument: str, value, choices: tuple, more: str = "") -> None:
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{argument} must be one of {', '.join(map(repr, choices))}{more}, got {value!r}")

@@ -1,0 +1,217 @@
+"""Pruning installed on one model: its calls and its `generate` are rewritten, and nothing is left behind after.
+
+A forward hook alone would not do: `generate` encodes the images itself, before the first forward.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import MethodType
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from transformers.modeling_utils import PreTrainedModel
+
+from lvtp.hf import generation
+from lvtp.hf.families import family_of
+from lvtp.hf.options import Options, Score
+from lvtp.hf.rewrite import Pruned, has_pixels, rewrite
+
+
+class Pruning:
+    """Pruning active on one model, from `patch` or `prune`.
+
+    Attributes:
+        options: what was asked for.
+        last: what the latest call with images kept; None before the first one.
+    """
+
+    def __init__(self, model: PreTrainedModel, options: Options):
+        self.options = options
+        self.last: Pruned | None = None
+        self._family = family_of(model, options)
+        self._model = ref(model)
+
+    def remove(self) -> None:
+        """Ends it; a second call does nothing. Several on one model may end in any order."""
+        model = self._model()
+        installed = _INSTALLED.get(model) if model is not None else None
+        if installed is not None and self in installed.prunings:
+            installed.prunings.remove(self)
+            if not installed.prunings:
+                installed.uninstall(model)
+
+    def _forward(self, model: PreTrainedModel, call: dict[str, Any]) -> dict[str, Any]:
+        """The arguments for `model.forward` instead of `call`."""
+        if not has_pixels(self._family, call):
+            return generation.continue_positions(call, self._family.positions(self.options))
+        call, self.last = rewrite(model, self._family, call, self.options)
+        return call
+
+    @torch.no_grad()
+    def _generate(self, original: Callable, model: PreTrainedModel, call: dict[str, Any]):
+        """What `model.generate` does instead of `original(**call)`."""
+        positions = self._family.positions(self.options)
+        if not has_pixels(self._family, call):
+            generation.check_continued_prompt(call)
+            return original(**generation.continue_positions(call, positions))
+        prompt = call.get("input_ids")
+        call, self.last = rewrite(model, self._family, call, self.options, side="left")
+        if call["input_ids"] is prompt:  # everything was kept
+            return original(**call)
+
+        pruned_length = call["input_ids"].shape[1]
+        if self.options.restore_prompt:
+            call = generation.lower_limits(model, call, by=prompt.shape[1] - pruned_length)
+        with ExitStack() as stack:
+            if positions == "original" and generation.setting(model, call, "use_cache") is False:
+                stack.enter_context(generation.always_masked(model))
+            outputs = original(**call)
+        generation.remember_cache(call, outputs, self.last, self.options.restore_prompt)
+        if self.options.restore_prompt:
+            outputs = generation.restore_prompt(outputs, prompt, pruned_length)
+        return outputs
+
+
+def patch(
+    model: PreTrainedModel,
+    method: str = "id_selection",
+    keep: int | float = 64,
+    *,
+    score: Score = "auto",
+    positions: str = "auto",
+    scope: str = "image",
+    newline: str | None = None,
+    restore_prompt: bool = True,
+) -> Pruning:
+    """Prunes every call of `model` until `.remove()` is called on what it returns; arguments as for `prune`."""
+    pruning = Pruning(model, Options(method, keep, score, positions, scope, newline, restore_prompt))
+    if model not in _INSTALLED:
+        _INSTALLED[model] = _Installed(model)
+    _INSTALLED[model].prunings.append(pruning)
+    return pruning
+
+
+@contextmanager
+def prune(
+    model: PreTrainedModel,
+    method: str = "id_selection",
+    keep: int | float = 64,
+    *,
+    score: Score = "auto",
+    positions: str = "auto",
+    scope: str = "image",
+    newline: str | None = None,
+    restore_prompt: bool = True,
+) -> Iterator[Pruning]:
+    """Prunes the visual tokens of every `model(...)` and `model.generate(...)` inside the context.
+
+    The language model reads a shorter prompt: logits, loss and cache are those of the shorter one. Where several are
+    nested on one model, the innermost counts. Calls without images, and all calls where `keep` covers every token, give
+    what the unpruned model gives, bit for bit.
+
+    Args:
+        model: one of `lvtp.hf.supported()`.
+        method: "id_selection" or "prune_sid".
+        keep: visual tokens kept of each image, an int of at least 1, or their share, a float in (0, 1].
+        score: importance that the selector starts from: "cls", attention of the CLS token; "received", mean attention
+            received; "auto", the first where the tower has a CLS token that the language model does not read, else the
+            second; or a callable from projector inputs [n, N, Dv] to importance [n, N].
+        positions: "compact" numbers the kept tokens through, "original" keeps their numbers in the unpruned prompt;
+            "auto" is the family's own choice.
+        scope: what `keep` counts over; "image" for LLaVA-1.5.
+        newline: policy for row-separator tokens; None is the family's own. LLaVA-1.5 has none.
+        restore_prompt: `generate` returns the original prompt before the new tokens, and `max_length` counts it. To go
+            on from a cache that `generate` filled, turn it off: the cache holds the pruned prompt.
+
+    Yields:
+        A `Pruning`; its `last` says what the latest call kept.
+
+    Raises:
+        TypeError: `model` is of an unsupported class.
+        ValueError: an argument here, or of a call inside, that pruning cannot serve; the message names it.
+        RuntimeError: from the selector.
+    """
+    pruning = patch(
+        model,
+        method,
+        keep,
+        score=score,
+        positions=positions,
+        scope=scope,
+        newline=newline,
+        restore_prompt=restore_prompt,
+    )
+    try:
+        yield pruning
+    finally:
+        pruning.remove()
+
+
+class _Installed:
+    """The forward hook and the `generate` of one model, shared by all its prunings; the last of `prunings` counts.
+
+    Both find the prunings through the model they are called on, so a deep copy of a patched model is an unpatched one.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.prunings: list[Pruning] = []
+        # from_pretrained puts a `generate` of the checkpoint's own on the instance, if it has one.
+        self._own_generate = model.__dict__.get("generate")
+        self._hook = model.register_forward_pre_hook(_before_forward, with_kwargs=True, prepend=True)
+        self._generate = _generate_of(type(model), self._own_generate)
+        model.generate = MethodType(self._generate, model)
+
+    def uninstall(self, model: PreTrainedModel) -> None:
+        self._hook.remove()
+        del _INSTALLED[model]
+        # Somebody else may have wrapped ours meanwhile: then it stays, and passes every call on.
+        if getattr(model.__dict__.get("generate"), "__func__", None) is self._generate:
+            del model.generate
+            if self._own_generate is not None:
+                model.generate = self._own_generate
+
+
+_INSTALLED: WeakKeyDictionary[PreTrainedModel, _Installed] = WeakKeyDictionary()
+
+
+def _before_forward(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]):
+    # The steps of generate bring positions and no pixels; they go straight through, which torch.compile can trace.
+    if not args and kwargs.get("position_ids") is not None and not any(name.startswith("pixel") for name in kwargs):
+        return None
+    installed = _INSTALLED.get(model)
+    if installed is None:
+        return None
+    return (), installed.prunings[-1]._forward(model, _named(type(model).forward, model, args, kwargs))
+
+
+def _generate_of(model_class: type[PreTrainedModel], own: Callable | None) -> Callable:
+    # generate's signature is part of its interface: transformers and its users inspect it.
+    @functools.wraps(model_class.generate)
+    def generate(model: PreTrainedModel, *args, **kwargs):
+        original = own or MethodType(model_class.generate, model)
+        installed = _INSTALLED.get(model)
+        if installed is None:
+            return original(*args, **kwargs)
+        call = _named(model_class.generate, model, args, kwargs)
+        if call.get("input_ids") is None and call.get("inputs") is not None:
+            call["input_ids"] = call.pop("inputs")
+        return installed.prunings[-1]._generate(original, model, call)
+
+    return generate
+
+
+def _named(method: Callable, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by name."""
+    if not args:
+        return dict(kwargs)
+    signature = inspect.signature(method)
+    named = dict(signature.bind_partial(model, *args, **kwargs).arguments)
+    receiver, *_ = signature.parameters
+    named.pop(receiver)
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            named.update(named.pop(parameter.name, {}))
+    return named

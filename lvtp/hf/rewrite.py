@@ -1,0 +1,200 @@
+"""The stateless core: a call with pixels in, the same call with fewer, already encoded visual tokens out."""
+
+import inspect
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_utils import PreTrainedModel
+
+from lvtp.hf.families import family_of
+from lvtp.hf.family import Encoded, Family
+from lvtp.hf.options import Options, Score
+from lvtp.hf.sequence import padding_side, real_tokens, shorten
+from lvtp.select import id_selection, prune_sid
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What one call kept."""
+
+    kept: Tensor  # bool [B, S]: the tokens of the original prompt that the language model read
+    indices: tuple[Tensor, ...]  # image i: int64 [K_i], the visual tokens kept, ascending
+    counts: tuple[int, ...]  # K_i
+    next_position: Tensor  # int64 [B]: the position of the token after the prompt
+    scope: str
+    positions: str  # "compact" or "original"
+
+
+def prepare(
+    model: PreTrainedModel,
+    inputs: Mapping[str, Any],
+    *,
+    method: str = "id_selection",
+    keep: int | float = 64,
+    score: Score = "auto",
+    positions: str = "auto",
+    scope: str = "image",
+    newline: str | None = None,
+) -> dict[str, Any]:
+    """The inputs of a pruned call, to pass to `model(...)` or `model.generate(...)` once.
+
+    Changes neither `model` nor `inputs`. The result is for one call: `generate` rewrites its containers under beam
+    search. The prompt that `generate` returns is the pruned one, and `max_length` counts it. With positions="original"
+    do not turn the cache off in `generate`: it drops the attention mask that the positions then need (`prune` sees to
+    that).
+
+    Args:
+        inputs: keyword arguments of a call with images: `input_ids` [B, S], `pixel_values`, `attention_mask` [B, S]
+            (required for B > 1), `labels` [B, S] and whatever else the call takes. Without images: returned as is.
+        the others: see `prune`.
+
+    Returns:
+        `input_ids` and all that runs along it, [B, S'], padded on the right if it was, else on the left.
+
+    Raises:
+        TypeError, ValueError: see `prune`.
+    """
+    options = Options(method, keep, score, positions, scope, newline)
+    family = family_of(model, options)
+    call = dict(inputs)
+    return rewrite(model, family, call, options)[0] if has_pixels(family, call) else call
+
+
+def has_pixels(family: Family, call: Mapping[str, Any]) -> bool:
+    return any(call.get(pixels) is not None for pixels in family.modalities.values())
+
+
+def rewrite(
+    model: PreTrainedModel, family: Family, call: dict[str, Any], options: Options, side: str | None = None
+) -> tuple[dict[str, Any], Pruned]:
+    """Encodes the call's images, selects, shortens. `side`: where to pad; None follows the input."""
+    _check_call(call)
+    real = real_tokens(call)  # [B, S]
+    positions = family.positions(options)
+    kept, indices, encoder_outputs = real.clone(), [], {}
+    shortened = dict(call)
+    for modality, pixels in family.modalities.items():
+        if call.get(pixels) is None:
+            continue
+        arguments = _encoder_arguments(model, modality, call)
+        encoded = family.encode(model, modality, arguments, options.score)
+        selected = _select(encoded, options)
+        placeholders = call["input_ids"] == _placeholder_id(model, modality)  # [B, S]
+        _check_placeholders(modality, placeholders, real, encoded)
+        kept[placeholders] = _keep_mask(encoded, selected).to(kept.device)
+        encoder_outputs[modality] = family.container(encoded, selected)
+        indices += selected
+        for name in arguments:
+            shortened.pop(name, None)
+
+    next_position = kept.sum(dim=1)
+    if not torch.equal(kept, real):  # else the text stays as it came: bit for bit the unpruned call
+        if positions == "original":
+            shortened |= _original_positions(model, family, call, real)
+            next_position = shortened["position_ids"].amax(dim=1) + 1
+        elif call.get("position_ids") is not None:
+            raise ValueError("position_ids must be left out with positions='compact'; positions='original' keeps them")
+        shortened = shorten(shortened, kept, side or padding_side(real), _pad_token_id(model, family))
+    shortened["mm_encoder_outputs"] = encoder_outputs
+    counts = tuple(len(index) for index in indices)
+    return shortened, Pruned(kept, tuple(indices), counts, next_position, options.scope, positions)
+
+
+def _check_call(call: dict[str, Any]) -> None:
+    if call.get("input_ids") is None:
+        raise ValueError("input_ids must be given beside the pixels, got none (inputs_embeds cannot be pruned)")
+    if call["input_ids"].dim() != 2:
+        raise ValueError(f"input_ids must be a [B, S] tensor, got shape {list(call['input_ids'].shape)}")
+    for name in ("inputs_embeds", "mm_encoder_outputs"):
+        if call.get(name) is not None:
+            raise ValueError(f"{name} must be left out when pixels are given: pruning encodes them itself")
+    if isinstance(call.get("logits_to_keep"), Tensor):
+        raise ValueError(
+            "logits_to_keep must be an int when pruning, got a tensor (its indices are of the unpruned prompt)"
+        )
+    cache = call.get("past_key_values")
+    if cache is not None and cache.get_seq_length() > 0:
+        raise ValueError(
+            f"past_key_values must be empty when pixels are given, got {int(cache.get_seq_length())} tokens: "
+            "images can be pruned in the first turn only"
+        )
+
+
+def _encoder_arguments(model: PreTrainedModel, modality: str, call: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of the call that the model's encoder takes, as `generate` finds them."""
+    encoder = getattr(model.base_model, f"get_{modality}_features")
+    return {name: call[name] for name in inspect.signature(encoder).parameters if name in call}
+
+
+def _select(encoded: Encoded, options: Options) -> list[Tensor]:
+    """The kept tokens of every item: int64 [K_i], ascending. Items with the same number of tokens go in one batch."""
+    groups = defaultdict(list)
+    for item, features in enumerate(encoded.features):
+        groups[len(features)].append(item)
+    selected: dict[int, Tensor] = {}
+    for items in groups.values():
+        features = torch.stack([encoded.features[i] for i in items])  # [n, N, Dv]
+        importance = torch.stack([encoded.importance[i] for i in items]).to(features.device)  # [n, N]
+        selected |= zip(items, _pick(features, importance, options), strict=True)
+    return [selected[item] for item in range(len(encoded.features))]
+
+
+def _pick(features: Tensor, importance: Tensor, options: Options) -> Tensor:
+    """[n, N, Dv], [n, N] -> int64 [n, K], ascending: the order of the grid is part of what the model reads."""
+    items, tokens, _ = features.shape
+    budget = options.budget(tokens)
+    if budget == tokens:
+        return torch.arange(tokens, device=features.device).expand(items, tokens)
+    if features.dtype == torch.float64:
+        features = features.float()
+    if options.method == "prune_sid":
+        return prune_sid(features, importance, budget)
+    return id_selection(features, importance, budget).sort(dim=1).values
+
+
+def _keep_mask(encoded: Encoded, selected: list[Tensor]) -> Tensor:
+    """bool [sum N_i], in placeholder order."""
+    masks = []
+    for features, index in zip(encoded.features, selected, strict=True):
+        mask = torch.zeros(len(features), dtype=torch.bool, device=index.device)
+        mask[index] = True
+        masks.append(mask)
+    return torch.cat(masks)
+
+
+def _check_placeholders(modality: str, placeholders: Tensor, real: Tensor, encoded: Encoded) -> None:
+    wanted, got = sum(map(len, encoded.features)), int(placeholders.sum())
+    if wanted != got:
+        raise ValueError(
+            f"input_ids must hold one placeholder for each of the {wanted} {modality} tokens of "
+            f"{len(encoded.features)} {modality}s, got {got}"
+        )
+    if bool((placeholders & ~real).any()):
+        raise ValueError(f"attention_mask must not hide {modality} placeholders")
+
+
+def _original_positions(
+    model: PreTrainedModel, family: Family, call: dict[str, Any], real: Tensor
+) -> dict[str, Tensor]:
+    """The arguments that spell out the positions of the unpruned call: those given, or else the family's."""
+    position_ids, mask = call.get("position_ids"), call.get("attention_mask")
+    if position_ids is None:
+        position_ids = family.original_positions(model, call, real)
+    # Without a mask, attention reads a gap in the positions as the start of another packed sequence.
+    return {"position_ids": position_ids, "attention_mask": real.long() if mask is None else mask}
+
+
+def _placeholder_id(model: PreTrainedModel, modality: str) -> int:
+    return getattr(model.config, f"{modality}_token_id")
+
+
+def _pad_token_id(model: PreTrainedModel, family: Family) -> int:
+    """The model's padding token; any other text token where it has none, since padding is masked."""
+    placeholders = {_placeholder_id(model, modality) for modality in family.modalities}
+    declared = [model.generation_config.pad_token_id, model.config.get_text_config().pad_token_id]
+    usable = [token for token in (*declared, *range(len(placeholders) + 1)) if token is not None and token >= 0]
+    return next(token for token in usable if token not in placeholders)

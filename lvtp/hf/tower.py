@@ -1,0 +1,103 @@
+"""Encoding with a CLIP-like vision tower and a `multi_modal_projector`, shared by the LLaVA-like families."""
+
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_utils import PreTrainedModel
+
+from lvtp.hf.options import Score
+from lvtp.importance import AttentionTap, cls_attention, received_attention
+
+# Towers whose q_proj and k_proj outputs enter the attention unchanged; the value: has it a CLS token, at position 0.
+_HAS_CLS = {"clip_vision_model": True, "siglip_vision_model": False}
+
+
+def check_tower(model: PreTrainedModel, score: Score) -> None:
+    """Raises unless importance `score` can be read from the model's vision tower."""
+    if callable(score):
+        return
+    tower = model.config.vision_config.model_type
+    if tower not in _HAS_CLS:
+        raise ValueError(
+            f"score={score!r} needs a vision tower of type {' or '.join(_HAS_CLS)}, got {tower}; "
+            "pass score as a callable for any other"
+        )
+    if score == "cls" and not _HAS_CLS[tower]:
+        raise ValueError(f"score='cls' needs a vision tower with a CLS token, got {tower}; use score='received'")
+
+
+def encode_with_tower(
+    model: PreTrainedModel, arguments: dict[str, Any], score: Score
+) -> tuple[ModelOutput, Tensor, Tensor]:
+    """Calls the model's own `get_image_features` once.
+
+    Returns:
+        What it returned, the features [n, N, Dv] that entered the projector and their importance, fp32 [n, N].
+    """
+    core = model.base_model
+    strategy = arguments.get("vision_feature_select_strategy") or core.config.vision_feature_select_strategy
+    with ExitStack() as stack:
+        projector_input = stack.enter_context(_first_input(core.multi_modal_projector))
+        if not callable(score):
+            layer = arguments.get("vision_feature_layer")
+            layer = core.config.vision_feature_layer if layer is None else layer
+            attention = core.vision_tower.encoder.layers[attention_layer(core.vision_tower, layer)].self_attn
+            tap = stack.enter_context(AttentionTap(attention, attention.num_heads))
+        outputs = core.get_image_features(**arguments, return_dict=True)
+
+    features = projector_input[0].detach()  # [n, N, Dv]
+    if callable(score):
+        return outputs, features, _called(score, features)
+    score = _resolve(score, model, strategy)
+    rule = cls_attention if score == "cls" else received_attention
+    importance = rule(tap.query, tap.key, attention.scale)  # [n, tower tokens]
+    # "default" drops the tower's first token, whatever it is, and keeps the others in order.
+    return outputs, features, importance[:, 1:] if strategy == "default" else importance
+
+
+def attention_layer(tower: PreTrainedModel, vision_feature_layer: int | list[int]) -> int:
+    """The layer whose output `hidden_states[vision_feature_layer]` is; of several, the deepest.
+
+    `hidden_states` holds the embeddings first, so it has one entry more than there are layers: a negative index counts
+    both alike, and a positive k is the output of layer k - 1.
+    """
+    layers = tower.config.num_hidden_layers
+    wanted = [vision_feature_layer] if isinstance(vision_feature_layer, int) else vision_feature_layer
+    layer = max(index + layers if index < 0 else index - 1 for index in wanted)
+    if not 0 <= layer < layers:
+        raise ValueError(
+            f"vision_feature_layer must name the output of one of the tower's {layers} layers to read importance from, "
+            f"got {vision_feature_layer}; pass score as a callable otherwise"
+        )
+    return layer
+
+
+def _resolve(score: str, model: PreTrainedModel, strategy: str) -> str:
+    if score != "auto":
+        return score
+    has_cls = _HAS_CLS[model.config.vision_config.model_type]
+    return "cls" if has_cls and strategy == "default" else "received"
+
+
+def _called(score: Callable[[Tensor], Tensor], features: Tensor) -> Tensor:
+    importance = score(features)
+    if not isinstance(importance, Tensor) or importance.shape != features.shape[:2]:
+        got = list(importance.shape) if isinstance(importance, Tensor) else type(importance).__name__
+        raise ValueError(
+            f"score must map features {list(features.shape)} to a tensor of shape {list(features.shape[:2])}, got {got}"
+        )
+    return importance.detach().float()
+
+
+@contextmanager
+def _first_input(module: nn.Module):
+    """Records the first positional input of every call of `module`."""
+    recorded: list[Tensor] = []
+    hook = module.register_forward_pre_hook(lambda _, args: recorded.append(args[0]))
+    try:
+        yield recorded
+    finally:
+        hook.remove()

@@ -1,0 +1,339 @@
+"""The operators as torch sees them: loading the compiled libraries, fake kernels, fallbacks, choice of backend.
+
+`torch.ops.lvtp.*` is the dispatcher's view: each device gets the fastest kernel registered for it. The functions of
+the package (`lvtp.id_selection`, ...) call those, unless `use_backend` asks for another implementation by name.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from contextvars import ContextVar
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lvtp import checks, reference
+
+BACKENDS = ("auto", "native", "triton", "reference")
+TORCH_FLOOR = "2.10"
+OPS = reference.__all__
+
+_LIBRARIES = Path(__file__).with_name("lib")
+_SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
+_missing: dict[str, str] = {}  # backend -> why it is not here
+
+
+def _load_libraries() -> None:
+    wanted = tuple(int(part) for part in TORCH_FLOOR.split("."))
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < wanted:
+        raise ImportError(
+            f"lvtp needs torch >= {TORCH_FLOOR}, found torch {torch.__version__} in {Path(torch.__file__).parent}. "
+            f'Remedy: pip install --upgrade "torch>={TORCH_FLOOR}"'
+        )
+    library = _LIBRARIES / f"liblvtp{_SUFFIX}"
+    remedy = "Remedy: pip install --force-reinstall --no-deps lvtp (in a source tree: pip install -e .)"
+    if not library.exists():
+        raise ImportError(f"lvtp's compiled library is missing: {library} does not exist. {remedy}")
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        raise ImportError(
+            f"lvtp's compiled library does not load ({error}). It wants torch >= {TORCH_FLOOR}; "
+            f"found torch {torch.__version__}. {remedy}"
+        ) from error
+    _load_cuda_library(_LIBRARIES / f"liblvtp_cuda{_SUFFIX}")
+
+
+def _load_cuda_library(library: Path) -> None:
+    """Not being able to is no error: CUDA tensors then run on Triton or the reference. `build_info()` says why."""
+    if not library.exists():
+        _missing["native_cuda"] = "built without nvcc: liblvtp_cuda was not compiled"
+    elif torch.version.cuda is None:
+        _missing["native_cuda"] = f"torch {torch.__version__} is built without CUDA"
+    else:
+        try:
+            torch.ops.load_library(library)
+        except OSError as error:
+            _missing["native_cuda"] = f"liblvtp_cuda does not load: {error}"
+
+
+def _load_triton_kernels() -> dict:
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        _missing["triton"] = f"triton does not import ({error}). Remedy: pip install triton"
+        return {}
+    from lvtp.triton_kernels import KERNELS
+
+    if not KERNELS:
+        _missing["triton"] = "this version of lvtp has no Triton kernels yet"
+    return KERNELS
+
+
+_load_libraries()
+_triton_kernels = _load_triton_kernels()
+
+
+# ------------------------------------------------------------------------------------------------------- backends
+
+
+def _known(backend: str, source: str) -> str:
+    if backend not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    return backend
+
+
+_default_backend = _known(os.environ.get("LVTP_BACKEND", "auto"), "LVTP_BACKEND")
+_backend: ContextVar[str] = ContextVar("lvtp_backend", default=_default_backend)
+
+
+@torch.compiler.assume_constant_result  # a compiled function keeps the backend in force when it was traced
+def _backend_in_force() -> str:
+    return _backend.get()
+
+
+@contextlib.contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Choose the implementation behind `lvtp`'s functions, in this thread or task, until the block ends.
+
+    "auto" takes the fastest present for the tensors' device and may fall back; "native" (compiled C++ or CUDA),
+    "triton" and "reference" (plain PyTorch) are held to: a call they cannot serve raises `RuntimeError` and says why.
+    The environment variable LVTP_BACKEND sets the default. `torch.ops.lvtp.*`, which is torch's own dispatch, is not
+    affected, and a compiled function keeps the backend that was in force when it was traced. Raises `ValueError` for
+    any other name.
+    """
+    token = _backend.set(_known(backend, "use_backend: backend"))
+    try:
+        yield
+    finally:
+        _backend.reset(token)
+
+
+def call(name: str, *args, overload: str = "default"):
+    """Run operator `name` on the backend in force."""
+    backend = _backend_in_force()
+    if backend == "reference":
+        return getattr(reference, name)(*args)
+    if backend == "triton":
+        if name not in _triton_kernels:
+            raise RuntimeError(f'backend "triton" cannot run {name}: {_missing.get("triton", "it has no such kernel")}')
+        return _triton_kernels[name](*args)
+    if backend == "native":
+        device = args[0].device.type
+        if not _has_kernel(name, device):
+            why = _missing.get(f"native_{device}", f"there is no compiled kernel for {device} tensors")
+            raise RuntimeError(f'backend "native" cannot run {name} on {device}: {why}')
+    return getattr(getattr(torch.ops.lvtp, name), overload)(*args)
+
+
+def _has_kernel(name: str, device: str) -> bool:
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
+    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"lvtp::{name}", key)
+
+
+def build_info() -> dict:
+    """What is installed and why the rest is not, as plain data.
+
+    "version", "torch", "python", "platform"; "compiler", "nvcc" and "cuda_architectures" of the build; "backends":
+    for native_cpu, native_cuda, triton and reference either "loaded" or the reason why not.
+    """
+    from lvtp import __version__
+
+    built = json.loads((_LIBRARIES / "build.json").read_text())
+    return {
+        "version": __version__,
+        "torch": torch.__version__,
+        "torch_required": f">={TORCH_FLOOR}",
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **built,
+        "backends": {
+            name: _missing.get(name, "loaded") for name in ("native_cpu", "native_cuda", "triton", "reference")
+        },
+    }
+
+
+# -------------------------------------------------------------------- what every device and every tracer falls back to
+
+_fallback = torch.library.Library("lvtp", "FRAGMENT")
+for _name in OPS:
+    _fallback.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+_fallback.impl("cluster_nms.per_image", reference.cluster_nms, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("lvtp::cosine_similarity")
+def _(features):
+    checks.cosine_similarity(features)
+    b, n, _ = features.shape
+    return features.new_empty((b, n, n), dtype=torch.float32)
+
+
+@torch.library.register_fake("lvtp::mean_similarity")
+def _(features, mask=None):
+    checks.mean_similarity(features, mask)
+    return features.new_empty((features.shape[0],), dtype=torch.float32)
+
+
+@torch.library.register_fake("lvtp::greedy_suppression")
+def _(scores, similarity, k, gamma=20.0, mask=None):
+    checks.greedy_suppression(scores, similarity, k, gamma, mask)
+    return scores.new_empty((scores.shape[0], k), dtype=torch.int64)
+
+
+@torch.library.register_fake("lvtp::cluster_nms")
+@torch.library.register_fake("lvtp::cluster_nms.per_image")
+def _(scores, labels, similarity, threshold, mask=None):
+    checks.cluster_nms(scores, labels, similarity, threshold, mask)
+    return scores.new_empty(tuple(scores.shape), dtype=torch.bool)
+
+
+@torch.library.register_fake("lvtp::psca")
+def _(features, groups, center="feature"):
+    checks.psca(features, groups, center)
+    shape = tuple(features.shape[:2])
+    return features.new_empty(shape, dtype=torch.int64), features.new_empty(shape, dtype=torch.float32)
+
+
+@torch.library.register_fake("lvtp::id_selection")
+def _(features, importance, k, gamma=20.0, mask=None):
+    checks.id_selection(features, importance, k, gamma, mask)
+    return features.new_empty((features.shape[0], k), dtype=torch.int64)
+
+
+@torch.library.register_fake("lvtp::prune_sid")
+def _(features, importance, n, reserved=0, center="feature", labels=None, mask=None):
+    checks.prune_sid(features, importance, n, reserved, center, labels, mask)
+    b, tokens, _ = features.shape
+    return features.new_empty((b, torch.sym_min(n - reserved, tokens)), dtype=torch.int64)
+
+
+@torch.library.register_fake("lvtp::dynamic_budget")
+def _(features, total, minimum=1):
+    checks.dynamic_budget(features, total, minimum)
+    return features.new_empty((features.shape[0],), dtype=torch.int64)
+
+
+def _refuse_backward(name: str, instead: str) -> None:
+    def backward(_ctx, *_grads):
+        raise RuntimeError(f"lvtp.{name} is not differentiable: {instead}")
+
+    torch.library.register_autograd(f"lvtp::{name}", backward)
+
+
+# Indices carry no gradient, so the selectors need no word here: gather the features with them, and it flows.
+_refuse_backward("cosine_similarity", "detach its argument, or use lvtp.reference.cosine_similarity, which is")
+_refuse_backward("mean_similarity", "detach its argument, or use lvtp.reference.mean_similarity, which is")
+_refuse_backward("psca", "groups are a choice, not a function of the features; detach its argument")
+
+
+# -------------------------------------------------------------------------------------------- the functions themselves
+
+
+def cosine_similarity(features: Tensor) -> Tensor:
+    """Cosine similarity of every pair of tokens, one matrix an image.
+
+    Args:
+        features: [B, N, D] float32, float16 or bfloat16.
+
+    Returns:
+        float32 [B, N, N], accumulated in float32. A token with NaN or Inf, or with only zeros, has similarity 0 to
+        every token. Not differentiable (`lvtp.reference.cosine_similarity` is).
+
+    Raises:
+        RuntimeError: `features` of another rank or dtype, or without tokens.
+    """
+    return call("cosine_similarity", features)
+
+
+def mean_similarity(features: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean cosine similarity rho over the pairs of different tokens, without their matrix.
+
+    PruneSID (arXiv 2603.09480) calls it the image's redundancy; 1 - rho is its information score.
+
+    Args:
+        features: [B, N, D] float32, float16 or bfloat16.
+        mask: bool [B, N], False = padding.
+
+    Returns:
+        float32 [B]; 0 where an image has fewer than two real tokens. Not differentiable
+        (`lvtp.reference.mean_similarity` is).
+
+    Raises:
+        RuntimeError: an argument of another rank, shape, dtype or device.
+    """
+    return call("mean_similarity", features, mask)
+
+
+def greedy_suppression(
+    scores: Tensor, similarity: Tensor, k: int, gamma: float = 20.0, mask: Tensor | None = None
+) -> Tensor:
+    """The loop of ID-Selection (arXiv 2604.05601) on scores and a similarity of your own.
+
+    k times: take the highest score (ties: lowest index), then lower every other one by
+    exp(-gamma * max(0, 1 - sim_ij)^2) * max(S_i, 0). The first j of k picks are the picks for j.
+
+    Args:
+        scores: [B, N] of any floating dtype, used as they are; NaN is picked last.
+        similarity: [B, N, N] of any floating dtype.
+        k: picks an image, in [1, N].
+        gamma: how quickly suppression fades with distance, finite and at least 0.
+        mask: bool [B, N], False = padding.
+
+    Returns:
+        int64 [B, k] in pick order; -1 after the last pick of an image with fewer than k real tokens.
+
+    Raises:
+        RuntimeError: an argument of another rank, shape, dtype or device, or out of range.
+    """
+    return call("greedy_suppression", scores, similarity, k, gamma, mask)
+
+
+def cluster_nms(
+    scores: Tensor, labels: Tensor, similarity: Tensor, threshold: float | Tensor, mask: Tensor | None = None
+) -> Tensor:
+    """Non-maximum suppression inside groups (PruneSID, arXiv 2603.09480).
+
+    In the order of falling scores (ties: lowest index) a token is kept unless an already kept token of its group has a
+    similarity above the threshold. A token whose score is NaN or <= 0 is never kept.
+
+    Args:
+        scores: [B, N] of any floating dtype.
+        labels: int64 [B, N], the group of each token, from 0 up.
+        similarity: [B, N, N] of any floating dtype.
+        threshold: a number, or one for each image: [B] of any floating dtype.
+        mask: bool [B, N], False = padding.
+
+    Returns:
+        bool [B, N]: which tokens are kept.
+
+    Raises:
+        RuntimeError: an argument of another rank, shape, dtype or device; on the CPU also a label below 0.
+    """
+    if isinstance(threshold, Tensor):
+        return call("cluster_nms", scores, labels, similarity, threshold, mask, overload="per_image")
+    return call("cluster_nms", scores, labels, similarity, float(threshold), mask)
+
+
+def psca(features: Tensor, groups: int, center: str = "feature") -> tuple[Tensor, Tensor]:
+    """Principal semantic component analysis (PruneSID, arXiv 2603.09480): the group of each token.
+
+    A token belongs to the principal component of the tokens' Gram matrix on which it loads most. Exact eigenvectors,
+    deterministic; the released code draws random ones, and two runs share about half of their picks.
+
+    Args:
+        features: [B, N, D] float32, float16 or bfloat16.
+        groups: number of components, in [1, N].
+        center: "feature" subtracts each token's mean over D from its sigmoid (the released code), "token" each
+            feature's mean over the tokens (the paper).
+
+    Returns:
+        labels int64 [B, N] in [0, groups), and the absolute loadings on them, float32 [B, N]. Not differentiable.
+
+    Raises:
+        RuntimeError: an argument of another rank or dtype, or out of range.
+    """
+    return call("psca", features, groups, center)

@@ -1,0 +1,120 @@
+"""What the tests share: one `backend` and one `device` parametrisation for all of them, and features to select from."""
+
+import os
+
+import hypothesis
+import pytest
+import torch
+
+import lvtp
+
+BACKENDS = ("native", "reference")
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+DEVICES = ("cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU]))
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# A small, repeatable number of random cases by default; LVTP_HYPOTHESIS_EXAMPLES=10000 looks for new ones.
+_examples = os.environ.get("LVTP_HYPOTHESIS_EXAMPLES")
+hypothesis.settings.register_profile(
+    "lvtp", max_examples=int(_examples or 100), derandomize=_examples is None, deadline=None, print_blob=True
+)
+hypothesis.settings.load_profile("lvtp")
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    return request.param
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request, device):
+    """Every call in the test is served by this backend, or raises."""
+    with lvtp.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def dtype(request):
+    return request.param
+
+
+# ---------------------------------------------------------------------------------------------------------- inputs
+
+
+def clustered_features(b, n, d=64, seed=0, clusters=12, noise=0.5, dtype=torch.float32, device="cpu"):
+    """[B, N, D] like the output of a vision transformer: a direction common to all tokens, clusters of unequal size
+    and strength, and noise."""
+    g = torch.Generator().manual_seed(seed)
+    strength = torch.linspace(2.0, 0.5, clusters)[:, None]
+    centres = torch.randn(b, clusters, d, generator=g) * strength + 0.5 * torch.randn(b, 1, d, generator=g)
+    member = (torch.rand(b, n, generator=g) ** 1.5 * clusters).long()
+    x = centres.gather(1, member[..., None].expand(b, n, d)) + noise * torch.randn(b, n, d, generator=g)
+    return x.to(device=device, dtype=dtype)
+
+
+def random_importance(b, n, seed=0, device="cpu"):
+    """[B, N] fp32 like CLS attention: positive, adding up to 1, few large values."""
+    g = torch.Generator().manual_seed(seed + 1)
+    return torch.softmax(2 * torch.randn(b, n, generator=g), dim=1).to(device)
+
+
+def photograph_features():
+    """[1, 576, 588]: the 24 x 24 patches of 14 x 14 pixels of the photograph that comes with matplotlib."""
+    cbook = pytest.importorskip("matplotlib.cbook")
+    image = pytest.importorskip("PIL.Image")
+    numpy = pytest.importorskip("numpy")
+    with cbook.get_sample_data("grace_hopper.jpg") as file:
+        pixels = numpy.asarray(image.open(file).convert("RGB").resize((336, 336)), dtype="float32")
+    x = torch.from_numpy(pixels.copy()).view(24, 14, 24, 14, 3).transpose(1, 2).reshape(1, 576, 588)
+    return (x - x.mean()) / x.std()
+
+
+# --------------------------------------------------------------------------------------------------- hostile memory
+
+
+def _sentinel(t):
+    return torch.nan if t.is_floating_point() else True if t.dtype == torch.bool else -7
+
+
+def _transposed(t):
+    buffer = t.transpose(-1, -2).contiguous()
+    return buffer.transpose(-1, -2), buffer
+
+
+def _strided(t):
+    buffer = t.new_full((*t.shape, 2), _sentinel(t))
+    buffer[..., 0] = t
+    return buffer[..., 0], buffer
+
+
+def _offset(t):
+    """One element past an aligned address, so that wide loads are misaligned."""
+    buffer = t.new_full((t.numel() + 2,), _sentinel(t))
+    buffer[1:-1] = t.flatten()
+    return buffer[1:-1].view(t.shape), buffer
+
+
+def _inside(t):
+    """A window into a larger tensor."""
+    buffer = t.new_full([s + 2 for s in t.shape], _sentinel(t))
+    view = buffer[tuple(slice(1, s + 1) for s in t.shape)]
+    view.copy_(t)
+    return view, buffer
+
+
+VIEWS = {"transposed": _transposed, "strided": _strided, "offset": _offset, "inside": _inside}
+
+
+@pytest.fixture(params=list(VIEWS))
+def hostile(request):
+    """hostile(t) has the values of t in awkward memory with sentinels around; at the end that memory is unchanged."""
+    buffers = []
+
+    def view_of(t):
+        view, buffer = VIEWS[request.param](t)
+        buffers.append((buffer, buffer.clone()))
+        return view
+
+    yield view_of
+    for buffer, before in buffers:
+        torch.testing.assert_close(buffer, before, rtol=0, atol=0, equal_nan=True)

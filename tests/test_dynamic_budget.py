@@ -1,0 +1,118 @@
+import oracle
+import pytest
+import torch
+from conftest import clustered_features, photograph_features
+
+import lvtp
+
+
+def images(b, tokens, seed=0, device="cpu"):
+    """From nearly uniform to nearly unrelated tokens."""
+    x = [clustered_features(1, tokens, seed=seed + i, clusters=1 + 2 * i, noise=0.05 + 0.1 * i) for i in range(b)]
+    return torch.cat(x).to(device)
+
+
+def check(budget, x, total, minimum=1):
+    """Exactly `total` in all, between minimum and N each, and each image's exact share rounded down or up: up where the
+    remainders are largest."""
+    tokens = x.shape[1]
+    assert budget.dtype == torch.int64
+    assert budget.shape == (len(x),)
+    seats = budget.cpu().numpy()
+    assert seats.sum() == total
+    assert (seats >= minimum).all()
+    assert (seats <= tokens).all()
+    # The rounding of rho to fp32 must not be amplified into a difference of seats: shares follow the op's own rho.
+    phi = (1 - oracle.as_float64(lvtp.mean_similarity(x))).clip(min=0)
+    shares = oracle.budget_shares(phi, total, minimum, tokens)
+    assert (abs(seats - shares) < 1 + 1e-4).all()
+    up, down = seats > shares + 1e-4, seats < shares - 1e-4
+    if up.any() and down.any():
+        assert (shares % 1)[up].min() >= (shares % 1)[down].max() - 1e-4
+
+
+@pytest.mark.parametrize("total", [5, 6, 31, 100, 320, 499, 500])
+def test_follows_the_shares(backend, device, total):
+    x = images(5, 100, device=device)
+    check(lvtp.dynamic_budget(x, total), x, total)
+
+
+@pytest.mark.parametrize("minimum", [0, 1, 7, 100])
+def test_minimum(backend, device, minimum):
+    x = images(5, 100, device=device)
+    for total in {5 * minimum, min(5 * minimum + 1, 500), 500}:
+        check(lvtp.dynamic_budget(x, total, minimum), x, total, minimum)
+
+
+@pytest.mark.parametrize("b", [1, 2, 33, 64])
+@pytest.mark.parametrize("tokens", [1, 2, 31])
+def test_every_total(backend, device, b, tokens):
+    x = images(b, tokens, device=device)
+    for total in sorted({b, b + 1, b * tokens // 2 + b, b * tokens - 1, b * tokens}):
+        if b <= total <= b * tokens:
+            check(lvtp.dynamic_budget(x, total), x, total)
+
+
+def test_proportional_where_no_bound_is_reached(backend, device):
+    x = images(4, 576, device=device)
+    budget = lvtp.dynamic_budget(x, 512)
+    phi = 1 - lvtp.mean_similarity(x).double()
+    assert ((budget - 512 * phi / phi.sum()).abs() < 1).all()
+    assert budget[0] < budget[1] < budget[2] < budget[3]
+
+
+def test_largest_remainder(backend, device):
+    apart = torch.eye(4)  # phi = 1
+    half = torch.tensor([[1.0, 0, 0, 0]]).expand(4, 4).clone()
+    half[3] = 0  # 6 of the 12 ordered pairs are alike: phi = 1/2
+    x = torch.stack([apart, apart, half]).to(device)
+    assert lvtp.dynamic_budget(x, 6).tolist() == [3, 2, 1]  # 2.4, 2.4, 1.2
+    assert lvtp.dynamic_budget(x.flip(0), 6).tolist() == [1, 3, 2]
+    assert lvtp.dynamic_budget(x, 10).tolist() == [4, 4, 2]
+    assert lvtp.dynamic_budget(x, 11).tolist() == [4, 4, 3]  # the first two are full
+
+
+@pytest.mark.parametrize("total", [3, 10, 11, 29, 30])
+def test_uniform_images_share_equally(backend, device, total):
+    budget = lvtp.dynamic_budget(torch.ones(3, 10, 64, device=device), total)
+    assert budget.tolist() == sorted(budget.tolist(), reverse=True)
+    assert budget.max() - budget.min() <= 1
+    assert budget.sum() == total
+
+
+def test_a_uniform_image_takes_only_what_no_other_can(backend, device):
+    x = torch.stack([torch.eye(8), torch.ones(8, 8), torch.eye(8), torch.ones(8, 8)]).to(device)
+    assert lvtp.dynamic_budget(x, 10).tolist() == [4, 1, 4, 1]
+    assert lvtp.dynamic_budget(x, 18).tolist() == [8, 1, 8, 1]
+    assert lvtp.dynamic_budget(x, 21).tolist() == [8, 3, 8, 2]
+    assert lvtp.dynamic_budget(x, 32).tolist() == [8, 8, 8, 8]
+    assert lvtp.dynamic_budget(x, 3, 0).tolist() == [2, 0, 1, 0]
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 0.0])
+def test_features_without_direction(backend, device, dtype, bad):
+    x = images(4, 20, device=device).to(dtype)
+    x[1, ::2] = bad
+    x[2] = bad
+    check(lvtp.dynamic_budget(x, 40), x, 40)
+
+
+def test_a_photograph_against_a_blank_page(backend, device):
+    x = torch.cat([photograph_features(), torch.ones(1, 576, 588)]).to(device)
+    assert lvtp.dynamic_budget(x, 128).tolist() == [127, 1]
+
+
+def test_views(backend, device, dtype, hostile):
+    x = images(4, 33, device=device).to(dtype)
+    assert torch.equal(lvtp.dynamic_budget(hostile(x), 50), lvtp.dynamic_budget(x, 50))
+
+
+def test_repeats_itself(backend, device):
+    x = images(16, 50, device=device)
+    assert torch.equal(lvtp.dynamic_budget(x, 333), lvtp.dynamic_budget(x, 333))
+
+
+def test_empty_batch(backend, device):
+    budget = lvtp.dynamic_budget(torch.empty(0, 5, 8, device=device), 0)
+    assert budget.shape == (0,)
+    assert budget.dtype == torch.int64

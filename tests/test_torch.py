@@ -1,0 +1,205 @@
+"""The operators as citizens of torch: opcheck, compile, export, autograd, dispatch."""
+
+import copy
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import lvtp
+
+B, N, D = 2, 24, 16
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def example(name: str, dtype: torch.dtype = torch.float32, b: int = B, n: int = N) -> tuple:
+    """Arguments of operator `name` that exercise its optional ones too."""
+    g = torch.Generator().manual_seed(b * 1000 + n)
+    features = torch.randn(b, n, D, generator=g).to(dtype)
+    scores = torch.rand(b, n, generator=g)
+    mask = torch.rand(b, n, generator=g) < 0.9
+    labels = torch.randint(0, 3, (b, n), generator=g)
+    similarity = lvtp.reference.cosine_similarity(features)
+    return {
+        "cosine_similarity": (features,),
+        "mean_similarity": (features, mask),
+        "greedy_suppression": (scores, similarity, 5, 20.0, mask),
+        "cluster_nms": (scores, labels, similarity, 0.1, mask),
+        "cluster_nms.per_image": (scores, labels, similarity, torch.rand(b, generator=g), None),
+        "psca": (features, 4, "token"),
+        "id_selection": (features, scores, 5, 20.0, mask),
+        "prune_sid": (features, scores, 12, 1, "feature", labels, mask),
+        "dynamic_budget": (features, b * 10, 1),
+    }[name]
+
+
+def operator(name: str):
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.lvtp, packet), overload or "default")
+
+
+OPERATORS = (*lvtp.ops.OPS, "cluster_nms.per_image")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_opcheck(name, dtype):
+    args = example(name, dtype)
+    torch.library.opcheck(operator(name), args)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_fake_shapes_and_dtypes_match_the_kernel(name):
+    args = example(name)
+    real = operator(name)(*args)
+    meta = operator(name)(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in args))
+    for r, m in zip(*((t if isinstance(t, tuple) else (t,)) for t in (real, meta)), strict=True):
+        assert (r.shape, r.dtype, r.stride()) == (m.shape, m.dtype, m.stride())
+
+
+@pytest.mark.parametrize("name", lvtp.ops.OPS)
+def test_the_public_function_takes_the_operators_arguments_in_the_same_order(name):
+    args = example(name)
+    by_function, by_operator = getattr(lvtp, name)(*args), getattr(torch.ops.lvtp, name)(*args)
+    torch.testing.assert_close(by_function, by_operator, rtol=0, atol=0)
+
+
+def test_a_tensor_threshold_of_one_element_is_one_threshold_an_image():
+    scores, labels, similarity, _, _ = example("cluster_nms", b=1)
+    kept = [torch.ops.lvtp.cluster_nms(scores, labels, similarity, t) for t in (torch.tensor([0.1]), 0.1)]
+    assert torch.equal(*kept)
+
+
+class Selectors(torch.nn.Module):
+    def forward(self, features, importance):
+        ids = lvtp.id_selection(features, importance, 5)
+        sid = lvtp.prune_sid(features, importance, 12, reserved=1)
+        kept = features.gather(1, ids[..., None].expand(-1, -1, features.shape[-1]))
+        return ids, sid, kept
+
+
+def inputs(b: int, n: int) -> tuple:
+    features, importance, *_ = example("id_selection", b=b, n=n)
+    return features, importance
+
+
+def test_compile_fullgraph_dynamic_without_recompiling_for_a_new_batch():
+    torch._dynamo.reset()
+    compiled = torch.compile(Selectors(), fullgraph=True, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for b, n in ((2, 24), (3, 24), (7, 24), (2, 40), (5, 33)):
+            for got, want in zip(compiled(*inputs(b, n)), Selectors()(*inputs(b, n)), strict=True):
+                assert torch.equal(got, want)
+
+
+def test_compile_raises_the_operators_own_error_for_a_bad_argument():
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda f, s: lvtp.id_selection(f, s, 25), fullgraph=True)
+    with pytest.raises(Exception, match=r"id_selection: k must be in \[1, 24\], got 25"):
+        compiled(*inputs(2, 24))
+
+
+def test_export_with_a_dynamic_batch():
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(Selectors(), inputs(2, 24), dynamic_shapes=({0: batch}, {0: batch}))
+    assert "lvtp.id_selection" in str(program.graph)
+    for got, want in zip(program.module()(*inputs(5, 24)), Selectors()(*inputs(5, 24)), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_aot_inductor_package_runs_in_a_new_process(tmp_path):
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(Selectors(), inputs(2, 24), dynamic_shapes=({0: batch}, {0: batch}))
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "selectors.pt2"))
+    features, importance = inputs(5, 24)
+    torch.save((features, importance, *Selectors()(features, importance)), tmp_path / "data.pt")
+    script = """
+import sys, torch
+torch.ops.load_library(sys.argv[1])
+features, importance, *want = torch.load(sys.argv[2])
+got = torch._inductor.aoti_load_package(sys.argv[3])(features, importance)
+assert all(torch.equal(g, w) for g, w in zip(got, want)), (got, want)
+assert "lvtp" not in sys.modules
+"""
+    library = next(lvtp.ops._LIBRARIES.glob("liblvtp.*"))
+    subprocess.run([sys.executable, "-c", script, library, tmp_path / "data.pt", package], check=True, cwd=tmp_path)
+
+
+def test_indices_carry_no_gradient_and_gathering_with_them_does():
+    features, importance = inputs(2, 24)
+    features.requires_grad_()
+    ids = lvtp.id_selection(features, importance, 5)
+    assert not ids.requires_grad
+    features.gather(1, ids[..., None].expand(-1, -1, D)).sum().backward()
+    assert features.grad.abs().sum(-1).count_nonzero() == 10
+
+
+@pytest.mark.parametrize("name", ["cosine_similarity", "mean_similarity", "psca"])
+def test_backward_through_a_floating_point_result_says_what_to_do(name):
+    args = example(name)
+    args[0].requires_grad_()
+    out = getattr(lvtp, name)(*args)
+    out = out[1] if isinstance(out, tuple) else out
+    with pytest.raises(RuntimeError, match=f"lvtp.{name} is not differentiable"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["cosine_similarity", "mean_similarity"])
+def test_the_reference_is_differentiable(name):
+    features = torch.randn(1, 5, 4, dtype=torch.float32, requires_grad=True)
+    getattr(lvtp.reference, name)(features).sum().backward()
+    assert features.grad.isfinite().all()
+    assert features.grad.abs().sum() > 0
+
+
+def test_operators_deep_copy_in_a_module():
+    features, importance = inputs(2, 24)
+    module = copy.deepcopy(Selectors())
+    assert torch.equal(module(features, importance)[0], Selectors()(features, importance)[0])
+
+
+def test_use_backend_is_scoped_and_refuses_unknown_names():
+    with lvtp.use_backend("reference"):
+        with lvtp.use_backend("native"):
+            assert lvtp.ops._backend.get() == "native"
+        assert lvtp.ops._backend.get() == "reference"
+    assert lvtp.ops._backend.get() == "auto"
+    with pytest.raises(ValueError, match="auto, native, triton, reference"), lvtp.use_backend("cuda"):
+        pass
+
+
+def test_use_backend_holds_per_thread():
+    seen = []
+    with lvtp.use_backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(lvtp.ops._backend.get()))
+        thread.start()
+        thread.join()
+    assert seen == ["auto"]
+
+
+def test_an_explicit_backend_that_cannot_serve_raises_and_says_why():
+    features, importance = inputs(2, 24)
+    with lvtp.use_backend("native"), pytest.raises(RuntimeError, match=r'backend "native" cannot run .* on meta'):
+        lvtp.id_selection(features.to("meta"), importance.to("meta"), 5)
+    if "id_selection" not in lvtp.ops._triton_kernels:
+        with lvtp.use_backend("triton"), pytest.raises(RuntimeError, match='backend "triton" cannot run id_selection'):
+            lvtp.id_selection(features, importance, 5)
+
+
+def test_lvtp_backend_sets_the_default_and_a_wrong_one_is_refused():
+    def run(value):
+        code = "import lvtp; print(lvtp.ops._backend.get())"
+        env = {**os.environ, "LVTP_BACKEND": value}
+        return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+
+    assert run("reference").stdout.strip() == "reference"
+    assert "LVTP_BACKEND must be one of auto, native, triton, reference, got 'gpu'" in run("gpu").stderr
+
+
+def test_devices_without_a_kernel_fall_back_to_the_reference():
+    for name in lvtp.ops.OPS:
+        assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"lvtp::{name}", "CUDA")
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lvtp::{name}", "CPU")
