@@ -3,7 +3,7 @@
 //     k times: i = argmax key(state); take i; for every other token j: update(state_j, state_i, sim_ij)
 //
 // and a rule states what differs: what a token's state is, which key ranks it, and what a pick does to the others.
-// The loop itself (which rows of the similarity are computed, by whom, and when) belongs to an engine:
+// The loop itself (which similarities are computed, by whom, and when) belongs to an engine:
 // csrc/cpu/greedy.h on the CPU. A rule knows neither torch nor the device, so adding one here adds it everywhere.
 //
 // A rule has
@@ -12,6 +12,8 @@
 //                               so an engine may leave states stale until they reach the top (lazy greedy, exact)
 //   key(state)                  the rank of a token not yet taken: highest first, ties to the lowest index
 //   pickable(key)               false: the loop ends here, because no token left is worth taking
+//   matters(state_i)            false: taking i changes no other token, so no similarity to it is ever needed
+//   touches(state_j, state_i)   false: taking i does not change j, whatever their similarity
 //   update(state_j, state_i, r) what taking i does to j, r = sim_ij in [-1, 1]
 #pragma once
 
@@ -50,6 +52,8 @@ struct Suppression {
 
   LVTP_HD float key(const State& s) const { return s.score; }
   LVTP_HD bool pickable(float key) const { return key > kOut; }
+  LVTP_HD bool matters(const State& picked) const { return picked.score > 0.0f; }
+  LVTP_HD bool touches(const State&, const State&) const { return true; }
   LVTP_HD void update(State& s, const State& picked, float r) const {
     const float distance = fminf(fmaxf(0.0f, 1.0f - r), 0x1p60f);  // the upper bound only keeps the square finite
     s.score -= expf(-gamma * (distance * distance)) * fmaxf(picked.score, 0.0f);
@@ -69,6 +73,8 @@ struct GroupNms {
 
   LVTP_HD float key(const State& s) const { return s.dropped ? kOut : s.score; }
   LVTP_HD bool pickable(float key) const { return key > 0.0f; }
+  LVTP_HD bool matters(const State&) const { return true; }
+  LVTP_HD bool touches(const State& s, const State& picked) const { return s.group == picked.group; }
   LVTP_HD void update(State& s, const State& picked, float r) const {
     if (s.group == picked.group && r > tau) s.dropped = true;
   }

@@ -1,3 +1,8 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import oracle
 import pytest
 import torch
@@ -30,8 +35,9 @@ def test_replays(backend, device, dtype, n):
     assert shortfall(picks, x, s) <= TOLERANCE
 
 
-def test_replays_many_tokens(backend, device):
-    x, s = clustered_features(1, 2881, dtype=torch.bfloat16, device=device), random_importance(1, 2881, device=device)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_replays_many_tokens(backend, device, dtype):
+    x, s = clustered_features(1, 2881, dtype=dtype, device=device), random_importance(1, 2881, device=device)
     assert shortfall(lvtp.id_selection(x, s, 64), x, s) <= TOLERANCE
 
 
@@ -190,3 +196,22 @@ def test_empty_batch(backend, device, dtype):
     picks = lvtp.id_selection(torch.empty(0, 5, 8, dtype=dtype, device=device), torch.empty(0, 5, device=device), 3)
     assert picks.shape == (0, 3)
     assert picks.dtype == torch.int64
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_every_instruction_set(capability):
+    """The inner products have a variant for each; torch's own switch chooses, so each runs in its own process."""
+    script = """
+import torch
+import lvtp
+import test_id_selection as t
+for dtype in (torch.float32, torch.float16, torch.bfloat16):
+    for n, d in ((33, 1), (40, 15), (97, 130), (200, 1024)):
+        x, s = t.clustered_features(2, n, d, dtype=dtype), t.random_importance(2, n)
+        with lvtp.use_backend("native"):
+            worst = t.shortfall(lvtp.id_selection(x, s, n // 2), x, s)
+        assert worst <= t.TOLERANCE, (dtype, n, d, worst)
+"""
+    env = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+    done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent, env=env, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()

@@ -21,10 +21,11 @@ Tensor cluster_nms(
       const float score = data<float>(s)[image * n + j];
       states[j] = {score == score ? score : kOut, data<int64_t>(group)[image * n + j], false};
     }
+    const float* rows = data<float>(sim) + image * n * n;
     bool* out = data_out<bool>(kept) + image * n;
     greedy(
-        GroupNms{data<float>(tau)[image]}, states, n, [&](int64_t j) { return present(image, j); },
-        [&](int64_t i) { return data<float>(sim) + (image * n + i) * n; }, [&](int64_t, int64_t i) { out[i] = true; });
+        GroupNms{data<float>(tau)[image]}, states, present.tokens(image), n,
+        [&](int64_t j, int64_t i) { return rows[i * n + j]; }, [&](int64_t, int64_t i) { out[i] = true; });
   });
   return kept;
 }

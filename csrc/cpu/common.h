@@ -14,6 +14,7 @@
 #include <optional>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "../checks.h"
 
@@ -51,6 +52,14 @@ struct Mask {
     if (mask) tensor = ready(*mask);
   }
   bool operator()(int64_t image, int64_t token) const { return !tensor || data<bool>(*tensor)[image * n + token]; }
+  std::vector<int32_t> tokens(int64_t image) const {  // the real ones, ascending
+    std::vector<int32_t> real;
+    real.reserve(n);
+    for (int64_t j = 0; j < n; ++j) {
+      if ((*this)(image, j)) real.push_back(static_cast<int32_t>(j));
+    }
+    return real;
+  }
 };
 
 // fn(pointer of the tensor's element type) for the three feature dtypes.

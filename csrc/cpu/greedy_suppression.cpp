@@ -19,16 +19,12 @@ static Tensor greedy_suppression_op(Tensor scores, Tensor similarity, int64_t k,
   for_each_image(b, [&](int64_t image) {
     std::vector<Suppression::State> states(n);
     for (int64_t j = 0; j < n; ++j) states[j] = {finite_score(data<float>(s)[image * n + j])};
-    std::vector<float> clean(n);
-    const auto row = [&](int64_t i) {
-      const float* given = data<float>(sim) + (image * n + i) * n;
-      std::transform(given, given + n, clean.begin(), finite_similarity);
-      return clean.data();
-    };
+    const float* rows = data<float>(sim) + image * n * n;
     int64_t* picks = data_out<int64_t>(out) + image * k;
     std::fill_n(picks, k, -1);
     greedy(
-        suppression(gamma), states, k, [&](int64_t j) { return present(image, j); }, row,
+        suppression(gamma), states, present.tokens(image), k,
+        [&](int64_t j, int64_t i) { return finite_similarity(rows[i * n + j]); },
         [&](int64_t step, int64_t i) { picks[step] = i; });
   });
   return out;
