@@ -1,12 +1,10 @@
-#include <vector>
-
 #include "common.h"
-#include "greedy.h"
+#include "nms.h"
 
 namespace lvtp::cpu {
 
 // scores, labels [B, N], similarity [B, N, N], threshold [B] -> kept, bool [B, N].
-Tensor cluster_nms(
+static Tensor cluster_nms(
     const Tensor& scores, const Tensor& labels, const Tensor& similarity, const Tensor& threshold,
     const OptionalTensor& mask) {
   const auto s = ready(scores, ScalarType::Float), sim = ready(similarity, ScalarType::Float);
@@ -16,16 +14,10 @@ Tensor cluster_nms(
   auto kept = torch::stable::new_zeros(s, {b, n}, ScalarType::Bool);
 
   for_each_image(b, [&](int64_t image) {
-    std::vector<GroupNms::State> states(n);
-    for (int64_t j = 0; j < n; ++j) {
-      const float score = data<float>(s)[image * n + j];
-      states[j] = {score == score ? score : kOut, data<int64_t>(group)[image * n + j], false};
-    }
     const float* rows = data<float>(sim) + image * n * n;
-    bool* out = data_out<bool>(kept) + image * n;
-    greedy(
-        GroupNms{data<float>(tau)[image]}, states, present.tokens(image), n,
-        [&](int64_t j, int64_t i) { return rows[i * n + j]; }, [&](int64_t, int64_t i) { out[i] = true; });
+    nms(
+        data<float>(s) + image * n, data<int64_t>(group) + image * n, data<float>(tau)[image], present.tokens(image),
+        [&](int64_t j, int64_t i) { return rows[i * n + j]; }, data_out<bool>(kept) + image * n);
   });
   return kept;
 }

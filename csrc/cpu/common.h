@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "../checks.h"
+#include "cosines.h"
 
 namespace lvtp::cpu {
 
@@ -91,30 +92,21 @@ inline Tensor gram(const Tensor& x) {
   return out;
 }
 
-// Unit vectors of N tokens, x^ = x / max(||x||, 1e-12), in fp32. The norm is summed in double, so finite features
-// never overflow; a token that is all zero or not finite becomes the zero vector and resembles nothing.
-template <class T>
-void unit_rows(const T* x, int64_t n, int64_t d, float* out) {
-  for (int64_t i = 0; i < n; ++i, x += d, out += d) {
-    double sum = 0.0;
-    for (int64_t c = 0; c < d; ++c) {
-      const float v = static_cast<float>(x[c]);
-      sum += static_cast<double>(v) * v;
-    }
-    const float norm = std::fmax(static_cast<float>(std::sqrt(sum)), 1e-12f);
-    const bool usable = std::isfinite(sum);
-    for (int64_t c = 0; c < d; ++c) out[c] = usable ? static_cast<float>(x[c]) / norm : 0.0f;
-  }
-}
-
-// [B, N, D] -> fp32 [B, N, D], images in parallel.
+// Unit vectors x^ = x / max(||x||, 1e-12), fp32 [B, N, D]. A token that is all zero or not finite becomes the zero
+// vector and resembles nothing.
 inline Tensor unit_features(const Tensor& features) {
   const auto x = ready(features);
   const int64_t b = x.size(0), n = x.size(1), d = x.size(2);
   auto out = empty_like_device(x, {b, n, d}, ScalarType::Float);
   with_features(x, [&](const auto* p) {
+    const auto dot = best_dot<std::decay_t<decltype(*p)>>();
     torch::stable::parallel_for(0, b * n, 64, [&](int64_t begin, int64_t end) {
-      unit_rows(p + begin * d, end - begin, d, data_out<float>(out) + begin * d);
+      for (int64_t i = begin; i < end; ++i) {
+        const float scale = unit_scale(p + i * d, d, dot).scale;
+        float* row = data_out<float>(out) + i * d;
+        if (scale == 0.0f) std::fill_n(row, d, 0.0f);  // a NaN times 0 would stay NaN
+        for (int64_t c = 0; c < d && scale != 0.0f; ++c) row[c] = static_cast<float>(p[i * d + c]) * scale;
+      }
     });
   });
   return out;
@@ -145,9 +137,6 @@ inline void check_labels(
 // The ops that others are made of; arguments already checked.
 Tensor cosine_similarity(const Tensor& features);
 Tensor mean_similarity(const Tensor& features, const OptionalTensor& mask);
-Tensor cluster_nms(
-    const Tensor& scores, const Tensor& labels, const Tensor& similarity, const Tensor& threshold,
-    const OptionalTensor& mask);
 std::pair<Tensor, Tensor> psca(
     const Tensor& features, int64_t groups, const std::string& center, const OptionalTensor& mask);
 

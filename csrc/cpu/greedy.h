@@ -13,9 +13,9 @@ inline Suppression suppression(double gamma) {
   return {static_cast<float>(std::min(gamma, static_cast<double>(std::numeric_limits<float>::max())))};
 }
 
-// One image of n tokens. `states[j]` is the initial state of token j, `tokens` lists those that take part (no padding),
-// `similarity(j, i)` is asked for only when it can matter and `take(step, i)` receives the picks in order. Returns how
-// many there were: k, or fewer where the rule ends the loop or the tokens do.
+// `tokens`, ascending, are those of one image that take part, `states` their initial states in the same order.
+// `similarity(j, i)` of two tokens is asked for only when it can matter, and `take(step, i)` receives the picks.
+// Returns how many there were: k, or fewer where the rule ends the loop or the tokens do.
 //
 // No rule here lets a key rise, so a key that has not seen the latest picks is an upper bound on the true one. Tokens
 // wait in a heap of such bounds; only the one on top is brought up to date, pick by pick, and it falls back as soon as
@@ -23,42 +23,42 @@ inline Suppression suppression(double gamma) {
 // of the eager loop, update for update, for a small part of its similarities.
 template <class Rule, class Similarity, class Take>
 int64_t greedy(
-    const Rule& rule, std::vector<typename Rule::State>& states, const std::vector<int32_t>& tokens, int64_t k,
+    const Rule& rule, const std::vector<int32_t>& tokens, std::vector<typename Rule::State> states, int64_t k,
     Similarity&& similarity, const Take& take) {
   static_assert(Rule::kNeverRises, "a stale key must bound the true one");
   struct Bound {
     float key;
-    int32_t token;
+    int32_t at;                                 // position in `tokens`
     bool operator<(const Bound& other) const {  // below the other in the heap: lower key, ties the higher index
-      return key < other.key || (key == other.key && token > other.token);
+      return key < other.key || (key == other.key && at > other.at);
     }
   };
-  std::vector<Bound> heap;
-  heap.reserve(tokens.size());
-  for (const int32_t j : tokens) heap.push_back({rule.key(states[j]), j});
+  std::vector<Bound> heap(tokens.size());
+  for (size_t j = 0; j < tokens.size(); ++j) heap[j] = {rule.key(states[j]), static_cast<int32_t>(j)};
   std::make_heap(heap.begin(), heap.end());
 
-  std::vector<int32_t> seen(states.size(), 0);  // how many of `picked` a token's state knows of
   std::vector<int32_t> picked;                  // the picks that change others
+  std::vector<int32_t> seen(tokens.size(), 0);  // how many of them a token's state knows of
   int64_t step = 0;
   while (step < k && !heap.empty()) {
-    const int32_t j = heap.front().token;
-    if (!rule.pickable(heap.front().key)) break;  // an upper bound on every key left
-
+    Bound bound = heap.front();
+    if (!rule.pickable(bound.key)) break;  // an upper bound on every key left
     std::pop_heap(heap.begin(), heap.end());
     heap.pop_back();
-    Bound bound{rule.key(states[j]), j};
-    const auto still_on_top = [&] { return heap.empty() || heap.front() < bound; };
-    while (seen[j] < static_cast<int32_t>(picked.size()) && still_on_top()) {
+
+    const int32_t j = bound.at;
+    const auto on_top = [&] { return heap.empty() || heap.front() < bound; };
+    while (seen[j] < static_cast<int32_t>(picked.size()) && on_top()) {
       const int32_t i = picked[seen[j]++];
       if (!rule.touches(states[j], states[i])) continue;
-      rule.update(states[j], states[i], similarity(j, i));
+      rule.update(states[j], states[i], similarity(tokens[j], tokens[i]));
       bound.key = rule.key(states[j]);
     }
-    if (still_on_top() && rule.pickable(bound.key)) {
-      take(step++, j);
+    if (!rule.pickable(bound.key)) continue;  // out of the race for good
+    if (on_top()) {
+      take(step++, tokens[j]);
       if (rule.matters(states[j])) picked.push_back(j);
-    } else if (rule.pickable(bound.key)) {
+    } else {
       heap.push_back(bound);
       std::push_heap(heap.begin(), heap.end());
     }

@@ -17,14 +17,14 @@ static Tensor greedy_suppression_op(Tensor scores, Tensor similarity, int64_t k,
   auto out = empty_like_device(s, {b, k}, ScalarType::Long);
 
   for_each_image(b, [&](int64_t image) {
-    std::vector<Suppression::State> states(n);
-    for (int64_t j = 0; j < n; ++j) states[j] = {finite_score(data<float>(s)[image * n + j])};
+    const auto tokens = present.tokens(image);
+    std::vector<Suppression::State> states;
+    for (const int32_t j : tokens) states.push_back({finite_score(data<float>(s)[image * n + j])});
     const float* rows = data<float>(sim) + image * n * n;
     int64_t* picks = data_out<int64_t>(out) + image * k;
     std::fill_n(picks, k, -1);
     greedy(
-        suppression(gamma), states, present.tokens(image), k,
-        [&](int64_t j, int64_t i) { return finite_similarity(rows[i * n + j]); },
+        suppression(gamma), tokens, states, k, [&](int64_t j, int64_t i) { return finite_similarity(rows[i * n + j]); },
         [&](int64_t step, int64_t i) { picks[step] = i; });
   });
   return out;

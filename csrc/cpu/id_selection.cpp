@@ -2,14 +2,13 @@
 #include <vector>
 
 #include "common.h"
-#include "cosines.h"
 #include "greedy.h"
 
 namespace lvtp::cpu {
 
 // Step 1 of ID-Selection: importance to [0, 1] over the finite values of the real tokens; as it is where they are all
 // alike or their difference overflows. +Inf becomes 2 and -Inf 0; a NaN stays one, for finite_score to put last.
-static std::vector<Suppression::State> scaled(const float* importance, int64_t n, const std::vector<int32_t>& tokens) {
+static std::vector<Suppression::State> scaled(const float* importance, const std::vector<int32_t>& tokens) {
   float low = INFINITY, high = -INFINITY;
   for (const int32_t j : tokens) {
     if (!std::isfinite(importance[j])) continue;
@@ -18,10 +17,10 @@ static std::vector<Suppression::State> scaled(const float* importance, int64_t n
   }
   const float spread = high - low;  // -inf where nothing is finite
   const bool scale = spread > 1e-9f && spread < INFINITY;
-  std::vector<Suppression::State> states(n);
+  std::vector<Suppression::State> states;
   for (const int32_t j : tokens) {
     const float s = importance[j];
-    states[j] = {finite_score(std::isinf(s) ? (s > 0 ? 2.0f : 0.0f) : scale ? (s - low) / spread : s)};
+    states.push_back({finite_score(std::isinf(s) ? (s > 0 ? 2.0f : 0.0f) : scale ? (s - low) / spread : s)});
   }
   return states;
 }
@@ -37,11 +36,11 @@ static Tensor id_selection_op(Tensor features, Tensor importance, int64_t k, dou
   with_features(x, [&](const auto* p) {
     for_each_image(b, [&](int64_t image) {
       const auto tokens = present.tokens(image);
-      auto states = scaled(data<float>(s) + image * n, n, tokens);
+      const auto states = scaled(data<float>(s) + image * n, tokens);
       Cosines cosine(p + image * n * d, n, d);
       int64_t* picks = data_out<int64_t>(out) + image * k;
       std::fill_n(picks, k, -1);
-      greedy(suppression(gamma), states, tokens, k, cosine, [&](int64_t step, int64_t i) { picks[step] = i; });
+      greedy(suppression(gamma), tokens, states, k, cosine, [&](int64_t step, int64_t i) { picks[step] = i; });
     });
   });
   return out;

@@ -12,6 +12,7 @@ Tensor mean_similarity(const Tensor& features, const OptionalTensor& mask) {
   const Mask present(mask, n);
   auto out = empty_like_device(unit, {b}, ScalarType::Float);
 
+  const auto dot = best_dot<float>();
   for_each_image(b, [&](int64_t image) {
     std::vector<double> sum(d, 0.0);
     double own = 0.0;  // sum_i ||x^_i||^2: 1 for every token but the unusable ones
@@ -20,10 +21,8 @@ Tensor mean_similarity(const Tensor& features, const OptionalTensor& mask) {
       if (!present(image, i)) continue;
       ++real;
       const float* row = data<float>(unit) + (image * n + i) * d;
-      for (int64_t c = 0; c < d; ++c) {
-        sum[c] += row[c];
-        own += static_cast<double>(row[c]) * row[c];
-      }
+      own += dot(row, row, d);
+      for (int64_t c = 0; c < d; ++c) sum[c] += row[c];
     }
     double all = 0.0;
     for (const double s : sum) all += s * s;

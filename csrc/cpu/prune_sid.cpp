@@ -1,8 +1,9 @@
-#include <numeric>
+#include <memory>
 #include <vector>
 
 #include "../quotas.h"
 #include "common.h"
+#include "nms.h"
 
 namespace lvtp::cpu {
 
@@ -57,24 +58,24 @@ static Tensor prune_sid_op(
     scores = importance ? ready(*importance, ScalarType::Float) : loadings;
   }
 
-  // rho becomes the threshold in place. From 1 up it suppresses nothing, even where rounding makes a similarity
-  // slightly larger than 1.
-  const auto tau = mean_similarity(features, mask);
-  for (int64_t image = 0; image < b; ++image) {
-    float& t = data_out<float>(tau)[image];
-    t = t * static_cast<float>(n) / 32.0f;
-    if (t >= 1.0f) t = INFINITY;
-  }
-  const auto kept = cluster_nms(scores, group, cosine_similarity(features), tau, mask);
-
+  const auto x = ready(features);
+  const auto rho = mean_similarity(x, mask);
   const int64_t places = std::min(n - reserved, tokens);
-  auto out = empty_like_device(features, {b, places}, ScalarType::Long);
+  auto out = empty_like_device(x, {b, places}, ScalarType::Long);
   const Mask present(mask, tokens);
-  for_each_image(b, [&](int64_t image) {
-    pick_by_quota(
-        data<float>(scores) + image * tokens, data<int64_t>(group) + image * tokens, data<bool>(kept) + image * tokens,
-        tokens, groups, n, reserved, [&](int64_t i) { return present(image, i); },
-        data_out<int64_t>(out) + image * places);
+  with_features(x, [&](const auto* p) {
+    for_each_image(b, [&](int64_t image) {
+      const float* score = data<float>(scores) + image * tokens;
+      const int64_t* label = data<int64_t>(group) + image * tokens;
+      const auto kept = std::make_unique<bool[]>(tokens);
+      // From 1 up the threshold suppresses nothing, even where rounding makes a similarity slightly larger than 1.
+      const float tau = data<float>(rho)[image] * static_cast<float>(n) / 32.0f;
+      Cosines cosine(p + image * tokens * x.size(2), tokens, x.size(2));
+      nms(score, label, tau < 1.0f ? tau : INFINITY, present.tokens(image), cosine, kept.get());
+      pick_by_quota(
+          score, label, kept.get(), tokens, groups, n, reserved, [&](int64_t i) { return present(image, i); },
+          data_out<int64_t>(out) + image * places);
+    });
   });
   return out;
 }
