@@ -14,8 +14,10 @@ CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 demo: $(VENV)/built
 	$(BIN)/lvtp demo --out out/demo
 
+# Passive: on a machine that others use too, OpenMP's waiting threads would spin away the core the working one needs
+# (LAPACK's eigh on two threads, one core taken: 4 s instead of 60 ms).
 test: $(VENV)/built
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
 
 bench: $(VENV)/built
 	$(BIN)/pip install --quiet -e ".[bench]" --no-build-isolation
