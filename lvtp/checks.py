@@ -1,7 +1,7 @@
 """Argument checks, once: the Python twin of `csrc/checks.h`, same order, same words.
 
-Every check reads metadata only (rank, shape, dtype, device), so it never waits for a GPU and traces under
-`torch.compile`. A failed one raises `RuntimeError`, as torch's own operators do, whichever backend runs:
+Every check reads metadata only (rank, shape, dtype, device), so it never waits for a GPU, and the fake
+kernels run the same ones. A failed one raises `RuntimeError`, as torch's own operators do, whichever backend runs:
 the stable ABI can throw nothing else, and what a caller catches must not depend on where a tensor lives.
 """
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 FEATURE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FLOAT_DTYPES = (*FEATURE_DTYPES, torch.float64)
 CENTERS = ("feature", "token")
 
 
@@ -36,7 +37,7 @@ def check_features(op: str, features: Tensor) -> None:
 def check_scores(op: str, name: str, scores: Tensor) -> None:
     """[B, N] of any floating dtype, when it is the argument that defines B and N."""
     _fail_unless(scores.dim() == 2, op, name, "a [B, N] tensor", f"shape {_shape(scores)}")
-    _fail_unless(scores.is_floating_point(), op, name, "a floating-point tensor", _dtype(scores))
+    _fail_unless(scores.dtype in FLOAT_DTYPES, op, name, "a floating-point tensor", _dtype(scores))
     _fail_unless(scores.shape[1] >= 1, op, name, "a tensor of at least one token (N >= 1)", _shape(scores))
 
 
@@ -48,7 +49,7 @@ def check_companion(op: str, name: str, t: Tensor, like: Tensor, shape: tuple, k
         op, name, f"of shape {wanted}", _shape(t),
     )  # fmt: skip
     if kind == "float":
-        _fail_unless(t.is_floating_point(), op, name, "a floating-point tensor", _dtype(t))
+        _fail_unless(t.dtype in FLOAT_DTYPES, op, name, "a floating-point tensor", _dtype(t))
     else:
         _fail_unless(_dtype(t) == kind, op, name, f"{kind}", _dtype(t))
     _fail_unless(t.device == like.device, op, name, f"on {like.device}", f"{t.device}")

@@ -37,7 +37,10 @@ def _load_libraries() -> None:
     library = _LIBRARIES / f"liblvtp{_SUFFIX}"
     remedy = "Remedy: pip install --force-reinstall --no-deps lvtp (in a source tree: pip install -e .)"
     if not library.exists():
-        raise ImportError(f"lvtp's compiled library is missing: {library} does not exist. {remedy}")
+        raise ImportError(
+            f"lvtp's compiled library is missing: {library} does not exist (torch >= {TORCH_FLOOR} is wanted, "
+            f"{torch.__version__} found). {remedy}"
+        )
     try:
         torch.ops.load_library(library)
     except OSError as error:
@@ -87,7 +90,7 @@ def _known(backend: str, source: str) -> str:
     return backend
 
 
-_default_backend = _known(os.environ.get("LVTP_BACKEND", "auto"), "LVTP_BACKEND")
+_default_backend = _known(os.environ.get("LVTP_BACKEND") or "auto", "LVTP_BACKEND")
 _backend: ContextVar[str] = ContextVar("lvtp_backend", default=_default_backend)
 
 
@@ -103,7 +106,8 @@ def use_backend(backend: str) -> Iterator[None]:
     "auto" takes the fastest present for the tensors' device and may fall back; "native" (compiled C++ or CUDA),
     "triton" and "reference" (plain PyTorch) are held to: a call they cannot serve raises `RuntimeError` and says why.
     The environment variable LVTP_BACKEND sets the default. `torch.ops.lvtp.*`, which is torch's own dispatch, is not
-    affected, and a compiled function keeps the backend that was in force when it was traced. Raises `ValueError` for
+    affected; a compiled function keeps the backend in force when it was traced, and the reference is not made to be
+    traced. Raises `ValueError` for
     any other name.
     """
     token = _backend.set(_known(backend, "use_backend: backend"))
@@ -130,6 +134,7 @@ def call(name: str, *args, overload: str = "default"):
     return getattr(getattr(torch.ops.lvtp, name), overload)(*args)
 
 
+@torch.compiler.assume_constant_result
 def _has_kernel(name: str, device: str) -> bool:
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
     return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"lvtp::{name}", key)

@@ -128,7 +128,7 @@ def _scaled(importance: Tensor, mask: Tensor | None) -> Tensor:
     """ID-Selection step 1: min-max scaling to [0, 1] over the finite values of real tokens, fp32 [B, N].
 
     Values are left as they are where max - min <= 1e-9, where no value is finite and where the difference overflows.
-    In every case +Inf becomes 2 (before all finite ones), -Inf 0, and NaN stays, for `greedy_suppression` to put last.
+    In every case +Inf becomes 2, -Inf 0, and NaN stays, for `greedy_suppression` to put last.
     """
     s = importance.float()
     counts = s.isfinite() & _real(mask, s)

@@ -15,7 +15,8 @@ def id_selection(
 
     Args:
         features: [B, N, D] float32, float16 or bfloat16; LLaVA-1.5: [B, 576, 1024].
-        importance: [B, N] of any floating dtype, such as the attention of the CLS token. +Inf comes first, NaN last.
+        importance: [B, N] of any floating dtype, such as the attention of the CLS token. +Inf counts as 2 and -Inf as
+            0 on the scale from 0 to 1; NaN comes last.
         k: tokens to keep, in [1, N].
         gamma: how quickly suppression fades with distance, finite and at least 0; 20 in the paper.
         mask: bool [B, N], False = padding.

@@ -158,3 +158,10 @@ def test_empty_batch(backend, device):
     kept = lvtp.cluster_nms(empty, empty.long(), torch.empty(0, 5, 5, device=device), 0.5)
     assert kept.shape == (0, 5)
     assert lvtp.cluster_nms(empty, empty.long(), torch.empty(0, 5, 5, device=device), empty[:, 0]).dtype == torch.bool
+
+
+@pytest.mark.parametrize("threshold", [1e300, float("inf"), float("nan"), -1e300])
+def test_a_threshold_that_float32_does_not_hold(backend, device, threshold):
+    scores, labels = torch.ones(1, 4, device=device), torch.zeros(1, 4, dtype=torch.int64, device=device)
+    kept = lvtp.cluster_nms(scores, labels, torch.eye(4, device=device)[None], threshold)
+    assert kept.tolist() == [[True] + [threshold != -1e300] * 3]

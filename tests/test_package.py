@@ -108,7 +108,9 @@ def test_a_torch_that_is_too_old_is_named_with_the_range_and_the_remedy():
 
 def test_a_missing_library_is_an_import_error_with_a_remedy(monkeypatch, tmp_path):
     monkeypatch.setattr(lvtp.ops, "_LIBRARIES", tmp_path)
-    with pytest.raises(ImportError, match=r"liblvtp\.\w+ does not exist\. Remedy"):
+    with pytest.raises(
+        ImportError, match=r"liblvtp\.\w+ does not exist \(torch >= 2\.10 is wanted, .* found\)\. Remedy"
+    ):
         lvtp.ops._load_libraries()
 
 

@@ -278,3 +278,11 @@ def test_empty_batch(backend, device, dtype):
     ):
         assert picks.shape == (0, 3)
         assert picks.dtype == torch.int64
+
+
+@pytest.mark.parametrize("n", [2**62, 2**63 - 40, 2**63 - 1])
+def test_a_budget_beyond_any_number_of_tokens(backend, device, n):
+    x, s, labels = problem(2, 9, 64, device=device)
+    everything = torch.arange(9, device=device).expand(2, 9)
+    assert torch.equal(lvtp.prune_sid(x, s, n, labels=labels % 2), everything)
+    assert torch.equal(lvtp.prune_sid(x, s, n, n - 9, labels=labels % 2), everything)

@@ -27,7 +27,7 @@ def test_groups_like_float64_on_clustered_features(backend, device, groups, cent
 
 
 @pytest.mark.parametrize("center", ["feature", "token"])
-@pytest.mark.parametrize("groups", [4, 16, 48])
+@pytest.mark.parametrize("groups", [4, 16, 48, 100, 144])
 def test_groups_like_float64_on_a_photograph(backend, device, groups, center):
     assert agreement(photograph_features().to(device), groups, center) >= 0.99
 
@@ -179,3 +179,10 @@ def test_autocast_changes_nothing(backend, device):
 def test_empty_batch(backend, device, dtype):
     labels, loadings = lvtp.psca(torch.empty(0, 5, 8, dtype=dtype, device=device), 3)
     assert labels.shape == loadings.shape == (0, 5)
+
+
+@pytest.mark.parametrize("center", ["feature", "token"])
+@pytest.mark.parametrize("groups", [64, 144])
+def test_many_groups(backend, device, groups, center):
+    """Trailing components lie close together: arithmetic in fp32 would mix them."""
+    assert agreement(clustered_features(1, 576, 1024, device=device), groups, center) >= 0.99

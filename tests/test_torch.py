@@ -95,6 +95,14 @@ def test_compile_fullgraph_dynamic_without_recompiling_for_a_new_batch():
                 assert torch.equal(got, want)
 
 
+def test_compile_fullgraph_on_a_named_backend():
+    torch._dynamo.reset()
+    with lvtp.use_backend("native"):
+        compiled = torch.compile(Selectors(), fullgraph=True)
+        for got, want in zip(compiled(*inputs(2, 24)), Selectors()(*inputs(2, 24)), strict=True):
+            assert torch.equal(got, want)
+
+
 def test_compile_raises_the_operators_own_error_for_a_bad_argument():
     torch._dynamo.reset()
     compiled = torch.compile(lambda f, s: lvtp.id_selection(f, s, 25), fullgraph=True)

@@ -32,7 +32,7 @@ static Tensor cluster_nms_per_image_op(
 static Tensor cluster_nms_op(Tensor scores, Tensor labels, Tensor similarity, double threshold, OptionalTensor mask) {
   checks::cluster_nms(scores, labels, similarity, std::nullopt, mask);
   check_labels("cluster_nms", labels, mask);
-  const auto same = torch::stable::full({scores.size(0)}, threshold, ScalarType::Float);
+  const auto same = torch::stable::full({scores.size(0)}, threshold, ScalarType::Double);
   return cluster_nms(scores, labels, similarity, same, mask);
 }
 

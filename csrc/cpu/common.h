@@ -84,10 +84,10 @@ std::array<Tensor, Returns> aten(const char* name, const char* overload, const A
   return out;
 }
 
-// x x^T of every image, fp32 [B, N, D] -> [B, N, N], by the library's GEMM: nothing of ours would beat it. The out=
-// variant, because autocast would round the operands of the functional one to half precision.
+// x x^T of every image, [B, N, D] -> [B, N, N] in x's dtype, by the library's GEMM: nothing of ours would beat it. The
+// out= variant, because autocast would round the operands of the functional one to half precision.
 inline Tensor gram(const Tensor& x) {
-  auto out = empty_like_device(x, {x.size(0), x.size(1), x.size(1)}, ScalarType::Float);
+  auto out = empty_like_device(x, {x.size(0), x.size(1), x.size(1)}, x.scalar_type());
   aten<1>("aten::bmm", "out", x, torch::stable::transpose(x, 1, 2), out);
   return out;
 }

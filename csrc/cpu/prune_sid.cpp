@@ -22,6 +22,11 @@ static void pick_by_quota(
     order.push_back(i);
   }
   const int64_t places = std::min(n - reserved, tokens);
+  // Beyond any number of tokens only n - reserved counts; the arithmetic of quotas() then stays far from its limits.
+  constexpr int64_t kPlenty = int64_t{1} << 40;
+  const int64_t patches = std::min(n - reserved, kPlenty);
+  n = std::min(n - patches, kPlenty) + patches;
+  reserved = n - patches;
   const int64_t target = std::min(places, static_cast<int64_t>(order.size()));
   quotas(size.data(), kept_in.data(), static_cast<int32_t>(groups), n, reserved, target, up.data(), quota.data());
 

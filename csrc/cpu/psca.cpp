@@ -42,10 +42,10 @@ static void centred_sigmoid(
 
 // LAPACK may not converge where few tokens differ: rounding leaves entries near zero that it compares with each other.
 // Adding the mean eigenvalue to all of them changes no eigenvector and gives it something to compare with.
-static void add_mean_eigenvalue(float* gram, int64_t n) {
+static void add_mean_eigenvalue(double* gram, int64_t n) {
   double trace = 0.0;
   for (int64_t i = 0; i < n; ++i) trace += gram[i * (n + 1)];
-  for (int64_t i = 0; i < n; ++i) gram[i * (n + 1)] += static_cast<float>(trace / static_cast<double>(n));
+  for (int64_t i = 0; i < n; ++i) gram[i * (n + 1)] += trace / static_cast<double>(n);
 }
 
 // Principal semantic component analysis (PruneSID, section 3): each token belongs to the principal component of the
@@ -68,19 +68,20 @@ std::pair<Tensor, Tensor> psca(
 
   auto labels = empty_like_device(x, {b, n}, ScalarType::Long);
   auto loadings = empty_like_device(x, {b, n}, ScalarType::Float);
-  auto shifted = gram(a);
-  for_each_image(b, [&](int64_t image) { add_mean_eigenvalue(data_out<float>(shifted) + image * n * n, n); });
+  // In double: trailing components lie close together, and fp32 would mix them (agreement 0.84 at G = 144).
+  auto shifted = gram(ready(a, ScalarType::Double));
+  for_each_image(b, [&](int64_t image) { add_mean_eigenvalue(data_out<double>(shifted) + image * n * n, n); });
   const auto vectors = ready(aten<2>("aten::linalg_eigh", "", shifted, std::string("L"))[1]);  // [B, N, N], ascending
   for_each_image(b, [&](int64_t image) {
     for (int64_t i = 0; i < n; ++i) {
-      const float* v = data<float>(vectors) + (image * n + i) * n;
+      const double* v = data<double>(vectors) + (image * n + i) * n;
       int64_t best = 0;
       for (int64_t g = 1; g < groups; ++g) {
         if (std::fabs(v[n - 1 - g]) > std::fabs(v[n - 1 - best])) best = g;  // strict: ties to the lowest group
       }
       const bool grouped = usable[image * n + i];
       data_out<int64_t>(labels)[image * n + i] = grouped ? best : 0;
-      data_out<float>(loadings)[image * n + i] = grouped ? std::fabs(v[n - 1 - best]) : 0.0f;
+      data_out<float>(loadings)[image * n + i] = grouped ? static_cast<float>(std::fabs(v[n - 1 - best])) : 0.0f;
     }
   });
   return {labels, loadings};
