@@ -18,6 +18,7 @@
 
 #include "../checks.h"
 #include "cosines.h"
+#include "simd.h"
 
 namespace lvtp::cpu {
 
@@ -71,6 +72,15 @@ void with_features(const Tensor& x, const F& fn) {
     case ScalarType::BFloat16: return fn(data<c10::BFloat16>(x));
     default: return fn(data<float>(x));
   }
+}
+
+// `size` values as fp32 -> out. (A cast is a call to a slow function for each.)
+inline void to_float(const float* x, int64_t size, float* out) { std::copy_n(x, size, out); }
+inline void to_float(const c10::Half* x, int64_t size, float* out) {
+  simd().from_half(reinterpret_cast<const uint16_t*>(x), size, out);
+}
+inline void to_float(const c10::BFloat16* x, int64_t size, float* out) {
+  simd().from_bfloat16(reinterpret_cast<const uint16_t*>(x), size, out);
 }
 
 // An operator of torch itself, with `Returns` tensors: the stable ABI's way to reach its GEMM and LAPACK.

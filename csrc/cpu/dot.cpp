@@ -1,11 +1,10 @@
 #include "dot.h"
 
-#include <cstdlib>
-#include <cstring>
 #include <type_traits>
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define LVTP_X86 1
+#include "simd.h"
+
+#ifdef LVTP_X86
 #include <immintrin.h>
 #endif
 
@@ -108,35 +107,14 @@ LVTP_AVX512_BF16 float dot_avx512_bf16(const BFloat16* a, const BFloat16* b, int
 
 #endif  // LVTP_X86
 
-#ifdef LVTP_X86
-// torch's own switch holds for these kernels too: ATEN_CPU_CAPABILITY=default or avx2 takes less than the chip has.
-bool allowed(const char* capability) {
-  const char* most = std::getenv("ATEN_CPU_CAPABILITY");
-  if (!most || std::strcmp(most, "avx512") == 0) return true;
-  return std::strcmp(most, capability) == 0;
-}
-
-bool has_avx2() {
-  return allowed("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("f16c");
-}
-
-bool has_avx512() {
-  return allowed("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("f16c");
-}
-#endif
-
 template <class T>
 Dot<T> choose() {
 #ifdef LVTP_X86
-  __builtin_cpu_init();
   if constexpr (std::is_same_v<T, BFloat16>) {
-    if (has_avx512() && __builtin_cpu_supports("avx512bf16")) return dot_avx512_bf16;
+    if (isa() == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16")) return dot_avx512_bf16;
   }
-  if (has_avx512()) return dot_avx512<T>;
-  if (has_avx2()) return dot_avx2<T>;
+  if (isa() == Isa::kAvx512) return dot_avx512<T>;
+  if (isa() == Isa::kAvx2) return dot_avx2<T>;
 #endif
   return dot_portable<T>;
 }

@@ -1,0 +1,175 @@
+// The loops of csrc/cpu/eigen.cpp: Householder's tridiagonal form, its eigenpairs, and the way back.
+#pragma once
+
+#include "vector.h"
+
+namespace lvtp::cpu::LVTP_ISA {
+
+template <class T>
+inline void update_and_multiply(T* tiles, int64_t tile_row, const T* h, const T* w, const T* u, T* y) {
+  using V = Vector<T>;
+  constexpr int64_t kRows = LVTP_BYTES == 64 ? 8 : 4;  // at a time: as registers allow
+  const int64_t first = tile_row * kTile;
+  for (int64_t r0 = 0; r0 < kTile; r0 += kRows) {
+    const T *hi = h + first + r0, *wi = w + first + r0, *ui = u + first + r0;
+    V sum[kRows] = {};
+    for (int64_t j = 0; j < first + kTile; j += kWidth<T>) {
+      T* column = tiles + j / kTile * kTile * kTile + r0 * kTile + j % kTile;
+      const V hj = load<V>(h + j), wj = load<V>(w + j), uj = load<V>(u + j);
+      V yj = load<V>(y + j);
+#pragma GCC unroll 8
+      for (int64_t r = 0; r < kRows; ++r) {
+        V c = load<V>(column + r * kTile);
+        c -= hi[r] * wj;
+        c -= wi[r] * hj;
+        store(column + r * kTile, c);
+        sum[r] += c * uj;
+        yj += c * ui[r];
+      }
+      if (j < first) store(y + j, yj);  // a diagonal tile is its own mirror image
+    }
+    for (int64_t r = 0; r < kRows; ++r) y[first + r0 + r] += total<T>(sum[r]);
+  }
+}
+
+template <class T>
+inline void current_row(const T* tiles, int64_t k, const T* h, const T* w, T* row) {
+  using V = Vector<T>;
+  for (int64_t j = 0; j <= k; j += kWidth<T>) {
+    const V c = load<V>(tiles + j / kTile * kTile * kTile + k % kTile * kTile + j % kTile);
+    store(row + j, c - (h[k] * load<V>(w + j) + w[k] * load<V>(h + j)));
+  }
+}
+
+template <class T>
+inline T dot(const T* a, const T* b, int64_t size) {
+  using V = Vector<T>;
+  V sum = {};
+  for (int64_t j = 0; j < size; j += kWidth<T>) sum += load<V>(a + j) * load<V>(b + j);
+  return total<T>(sum);
+}
+
+template <class T>
+inline void second_vector(const T* y, int64_t stride, const T* h, int64_t size, T* w) {
+  using V = Vector<T>;
+  V product = {};
+  for (int64_t j = 0; j < size; j += kWidth<T>) {
+    const V first = load<V>(y + j) + load<V>(y + stride + j);
+    const V all = first + (load<V>(y + 2 * stride + j) + load<V>(y + 3 * stride + j));
+    store(w + j, all);
+    product += all * load<V>(h + j);
+  }
+  const T half = total<T>(product) / 2;
+  for (int64_t j = 0; j < size; j += kWidth<T>) store(w + j, load<V>(w + j) - half * load<V>(h + j));
+}
+
+template <class T>
+inline void scale(T* x, int64_t size, T factor) {
+  for (int64_t j = 0; j < size; ++j) x[j] *= factor;
+}
+
+template <class T>
+inline void reflect(const T* h, int64_t rows, T* z) {
+  using V = Vector<T, 64>;
+  constexpr int64_t kLanes = EigenLoops<T>::kLanes;
+  V sum[4] = {};
+  int64_t j = 0;
+  for (; j + 4 <= rows; j += 4) {
+    for (int64_t p = 0; p < 4; ++p) sum[p] += h[j + p] * load<V>(z + (j + p) * kLanes);
+  }
+  for (; j < rows; ++j) sum[0] += h[j] * load<V>(z + j * kLanes);
+  const V all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  for (j = 0; j < rows; ++j) store(z + j * kLanes, load<V>(z + j * kLanes) - h[j] * all);
+}
+
+using Eight = Vector<double, 64>;  // eight eigenpairs at a time
+using EightInts = Vector<int64_t, 64>;
+
+inline Eight away_from_zero(Eight q) {
+  constexpr double kTiny = 1e-290;
+  return (q < kTiny) & (q > -kTiny) ? Eight{} - kTiny : q;
+}
+
+// Components decay by hundreds of orders of magnitude; arithmetic on the denormal numbers at the end is slow.
+inline Eight without_traces(Eight x) { return (x < 1e-30) & (x > -1e-30) ? Eight{} : x; }
+
+// z, a column a value: (T - value) z = 0 but for one row, the one where what is left over is smallest (the twist).
+// Returns Rayleigh's correction of the values.
+inline Eight twisted(
+    const double* diagonal, const double* beside, int64_t n, Eight value, double* down, double* up, double* z) {
+  Eight q = Eight{} + 1.0;
+  for (int64_t i = 0; i < n; ++i) {  // pivots of L D L^T, from the top
+    q = away_from_zero((diagonal[i] - value) - beside[i] * beside[i] / q);
+    store(down + i * 8, q);
+  }
+  Eight least = Eight{} + 1e300, left_over = {};
+  EightInts twist = {};
+  q = Eight{} + 1.0;
+  double next = 0.0;
+  for (int64_t i = n - 1; i >= 0; --i) {  // and of U D U^T, from the bottom
+    q = away_from_zero((diagonal[i] - value) - next * next / q);
+    store(up + i * 8, q);
+    const Eight gamma = load<Eight>(down + i * 8) + q - (diagonal[i] - value);
+    const Eight size = gamma < 0.0 ? -gamma : gamma;
+    twist = size < least ? EightInts{} + i : twist;
+    left_over = size < least ? gamma : left_over;
+    least = size < least ? size : least;
+    next = beside[i];
+  }
+  const Eight one = Eight{} + 1.0;
+  Eight x = {}, square = {};
+  for (int64_t i = n - 1; i >= 0; --i) {
+    if (i + 1 < n) x = without_traces(x * (-beside[i + 1] / load<Eight>(down + i * 8)));
+    x = twist == i ? one : x;
+    square += x * x;
+    store(z + i * 8, x);
+  }
+  x = Eight{};
+  for (int64_t i = 0; i < n; ++i) {  // x is 0 down to the twist, whose 1 was stored above
+    x = without_traces(x * (-beside[i] / load<Eight>(up + i * 8)));
+    square += x * x;
+    store(z + i * 8, load<Eight>(z + i * 8) + x);
+    x = twist == i ? one : x;
+  }
+  Eight length;
+  for (int lane = 0; lane < 8; ++lane) length[lane] = __builtin_sqrt(square[lane]);
+  for (int64_t i = 0; i < n; ++i) store(z + i * 8, load<Eight>(z + i * 8) / length);
+  return left_over / square;
+}
+
+inline void eight_eigenpairs(
+    const double* diagonal, const double* beside, int64_t n, double low, double high, int64_t first, double* scratch,
+    double* z, double* values) {
+  EightInts rank;  // counted from the smallest
+  for (int lane = 0; lane < 8; ++lane) rank[lane] = n - 1 - first - lane > 0 ? n - 1 - first - lane : 0;
+  Eight lower = Eight{} + low, upper = Eight{} + high;
+  EightInts below_lower = {}, below_upper = EightInts{} + n;
+  // To 2^-42 of the range, or until no bracket holds a second eigenvalue and six steps more.
+  for (int step = 0, isolated = 0; step < 42 && isolated < 6; ++step) {
+    const Eight middle = 0.5 * (lower + upper);
+    EightInts below = {};  // eigenvalues below the middle, by Sturm's count
+    Eight q = Eight{} + 1.0;
+    for (int64_t i = 0; i < n; ++i) {
+      q = away_from_zero((diagonal[i] - middle) - beside[i] * beside[i] / q);
+      below -= q < 0.0;
+    }
+    const EightInts high_half = below > rank;
+    upper = high_half ? middle : upper;
+    lower = high_half ? lower : middle;
+    below_upper = high_half ? below : below_upper;
+    below_lower = high_half ? below_lower : below;
+    ++isolated;
+    for (int lane = 0; lane < 8; ++lane) {
+      if (below_upper[lane] - below_lower[lane] > 1) isolated = 0;
+    }
+  }
+  // Twice, because the first vector improves the eigenvalue, as far as its bracket allows.
+  Eight value = 0.5 * (lower + upper);
+  for (int round = 0; round < 2; ++round) {
+    const Eight better = value + twisted(diagonal, beside, n, value, scratch, scratch + n * 8, z);
+    value = (better > lower) & (better < upper) ? better : value;
+  }
+  store(values, value);
+}
+
+}  // namespace lvtp::cpu::LVTP_ISA
