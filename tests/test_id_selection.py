@@ -1,8 +1,3 @@
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import oracle
 import pytest
 import torch
@@ -196,22 +191,3 @@ def test_empty_batch(backend, device, dtype):
     picks = lvtp.id_selection(torch.empty(0, 5, 8, dtype=dtype, device=device), torch.empty(0, 5, device=device), 3)
     assert picks.shape == (0, 3)
     assert picks.dtype == torch.int64
-
-
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
-def test_every_instruction_set(capability):
-    """The inner products have a variant for each; torch's own switch chooses, so each runs in its own process."""
-    script = """
-import torch
-import lvtp
-import test_id_selection as t
-for dtype in (torch.float32, torch.float16, torch.bfloat16):
-    for n, d in ((33, 1), (40, 15), (97, 130), (200, 1024)):
-        x, s = t.clustered_features(2, n, d, dtype=dtype), t.random_importance(2, n)
-        with lvtp.use_backend("native"):
-            worst = t.shortfall(lvtp.id_selection(x, s, n // 2), x, s)
-        assert worst <= t.TOLERANCE, (dtype, n, d, worst)
-"""
-    env = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
-    done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent, env=env, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()

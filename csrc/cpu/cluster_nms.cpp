@@ -15,9 +15,9 @@ static Tensor cluster_nms(
 
   for_each_image(b, [&](int64_t image) {
     const float* rows = data<float>(sim) + image * n * n;
-    nms(
-        data<float>(s) + image * n, data<int64_t>(group) + image * n, data<float>(tau)[image], present.tokens(image),
-        [&](int64_t j, int64_t i) { return rows[i * n + j]; }, data_out<bool>(kept) + image * n);
+    Similarities source{[&](int64_t j, int64_t i) { return rows[i * n + j]; }};
+    nms(data<float>(s) + image * n, data<int64_t>(group) + image * n, data<float>(tau)[image], present.tokens(image),
+        source, data_out<bool>(kept) + image * n);
   });
   return kept;
 }

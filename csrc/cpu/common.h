@@ -1,4 +1,4 @@
-// What the CPU kernels share: tensors made ready to be walked with plain pointers, dispatch on dtype, calls into ATen.
+// What the CPU kernels share: tensors made ready to be walked with plain pointers, dispatch on dtype.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -8,7 +8,6 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <cstdint>
 #include <optional>
@@ -74,54 +73,6 @@ void with_features(const Tensor& x, const F& fn) {
   }
 }
 
-// `size` values as fp32 -> out. (A cast is a call to a slow function for each.)
-inline void to_float(const float* x, int64_t size, float* out) { std::copy_n(x, size, out); }
-inline void to_float(const c10::Half* x, int64_t size, float* out) {
-  simd().from_half(reinterpret_cast<const uint16_t*>(x), size, out);
-}
-inline void to_float(const c10::BFloat16* x, int64_t size, float* out) {
-  simd().from_bfloat16(reinterpret_cast<const uint16_t*>(x), size, out);
-}
-
-// An operator of torch itself, with `Returns` tensors: the stable ABI's way to reach its GEMM and LAPACK.
-template <int Returns, class... Args>
-std::array<Tensor, Returns> aten(const char* name, const char* overload, const Args&... args) {
-  constexpr size_t kSlots = std::max<size_t>(Returns, sizeof...(Args));
-  std::array<StableIValue, kSlots> stack{torch::stable::detail::from(args)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
-  std::array<Tensor, Returns> out;
-  for (int i = 0; i < Returns; ++i) out[i] = torch::stable::detail::to<Tensor>(stack[i]);
-  return out;
-}
-
-// x x^T of every image, [B, N, D] -> [B, N, N] in x's dtype, by the library's GEMM: nothing of ours would beat it. The
-// out= variant, because autocast would round the operands of the functional one to half precision.
-inline Tensor gram(const Tensor& x) {
-  auto out = empty_like_device(x, {x.size(0), x.size(1), x.size(1)}, x.scalar_type());
-  aten<1>("aten::bmm", "out", x, torch::stable::transpose(x, 1, 2), out);
-  return out;
-}
-
-// Unit vectors x^ = x / max(||x||, 1e-12), fp32 [B, N, D]. A token that is all zero or not finite becomes the zero
-// vector and resembles nothing.
-inline Tensor unit_features(const Tensor& features) {
-  const auto x = ready(features);
-  const int64_t b = x.size(0), n = x.size(1), d = x.size(2);
-  auto out = empty_like_device(x, {b, n, d}, ScalarType::Float);
-  with_features(x, [&](const auto* p) {
-    const auto dot = best_dot<std::decay_t<decltype(*p)>>();
-    torch::stable::parallel_for(0, b * n, 64, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const float scale = unit_scale(p + i * d, d, dot).scale;
-        float* row = data_out<float>(out) + i * d;
-        if (scale == 0.0f) std::fill_n(row, d, 0.0f);  // a NaN times 0 would stay NaN
-        for (int64_t c = 0; c < d && scale != 0.0f; ++c) row[c] = static_cast<float>(p[i * d + c]) * scale;
-      }
-    });
-  });
-  return out;
-}
-
 // fn(image) for every image, in parallel.
 template <class F>
 void for_each_image(int64_t images, const F& fn) {
@@ -145,7 +96,6 @@ inline void check_labels(
 }
 
 // The ops that others are made of; arguments already checked.
-Tensor cosine_similarity(const Tensor& features);
 Tensor mean_similarity(const Tensor& features, const OptionalTensor& mask);
 std::pair<Tensor, Tensor> psca(
     const Tensor& features, int64_t groups, const std::string& center, const OptionalTensor& mask);

@@ -1,13 +1,25 @@
 // Unit vectors and cosines of feature rows, without a normalised copy of the features or a matrix.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <vector>
 
 #include "dot.h"
+#include "simd.h"
+#include "team.h"
 
 namespace lvtp::cpu {
+
+// `size` values as fp32 -> out. (A cast is a call to a slow function for each.)
+inline void to_float(const float* x, int64_t size, float* out) { std::copy_n(x, size, out); }
+inline void to_float(const c10::Half* x, int64_t size, float* out) {
+  simd().from_half(reinterpret_cast<const uint16_t*>(x), size, out);
+}
+inline void to_float(const c10::BFloat16* x, int64_t size, float* out) {
+  simd().from_bfloat16(reinterpret_cast<const uint16_t*>(x), size, out);
+}
 
 // 1 / max(||x||, 1e-12) of one row, so that x times it is x^; 0 for a row that is all zero or not finite. `ordinary` is
 // false where squares leave fp32 too little room: the norm is then summed in double, and so must be inner products.
@@ -17,9 +29,9 @@ struct UnitScale {
 };
 
 template <class T>
-UnitScale unit_scale(const T* x, int64_t d, Dot<T> dot) {
+UnitScale unit_scale(const T* x, int64_t d, Dots<T> dots) {
   constexpr float kSmallest = 1e-20f, kLargest = 1e30f;
-  const float square = dot(x, x, d);
+  const float square = dot(dots, x, x, d);
   if (square > kSmallest && square < kLargest) return {1.0f / std::sqrt(square), true};
   double exact = 0.0;
   for (int64_t c = 0; c < d; ++c) exact += static_cast<double>(static_cast<float>(x[c])) * static_cast<float>(x[c]);
@@ -27,38 +39,130 @@ UnitScale unit_scale(const T* x, int64_t d, Dot<T> dot) {
   return {static_cast<float>(1.0 / std::fmax(std::sqrt(exact), 1e-12)), false};
 }
 
-// Cosines of one image's tokens, each computed when asked for.
+// Cosines of one image's tokens, each computed when asked for: a source for the engine in greedy.h.
 template <class T>
 class Cosines {
  public:
-  Cosines(const T* x, int64_t n, int64_t d) : x_(x), d_(d), dot_(best_dot<T>()), scale_(n, {kUnknown, true}) {}
+  static constexpr bool kGuesses = true;
 
-  float operator()(int64_t i, int64_t j) {
-    const UnitScale si = scale(i), sj = scale(j);
-    if (si.scale == 0.0f || sj.scale == 0.0f) return 0.0f;
-    if (si.ordinary && sj.ordinary) return dot_(row(i), row(j), d_) * si.scale * sj.scale;
-    double sum = 0.0;
-    for (int64_t c = 0; c < d_; ++c) {
-      const float a = static_cast<float>(row(i)[c]) * si.scale, b = static_cast<float>(row(j)[c]) * sj.scale;
-      sum += static_cast<double>(a) * b;
+  Cosines(const T* x, int64_t n, int64_t d, Team* team = nullptr)
+      : x_(x), d_(d), team_(team), dots_(best_dots<T>()), scale_(n, {kUnknown, true}) {}
+
+  float similarity(int32_t j, int32_t token) {
+    float out;
+    some(j, &token, 1, &out);
+    return out;
+  }
+
+  // Of token j to each of `tokens` -> out.
+  void to(int32_t j, const int32_t* tokens, int64_t count, float* out) {
+    constexpr int64_t kAtOnce = 16;
+    scale(j);  // before two threads look for it; the other tokens are picks, which have been compared before
+    const int64_t pieces = (count + kAtOnce - 1) / kAtOnce;
+    run(team_ && count * d_ >= kWorthSharing, pieces, [&](int64_t piece) {
+      const int64_t first = piece * kAtOnce;
+      some(j, tokens + first, std::min(kAtOnce, count - first), out + first);
+    });
+  }
+  int64_t batch() const { return team_ ? 64 : 8; }
+
+  // For the engine's own work on several tokens: how many, and with which threads.
+  size_t tries() const { return team_ && d_ >= 2048 ? 4 : 1; }
+  template <class F>
+  void run(int64_t count, const F& f) {
+    run(team_ && count > 1, count, f);
+  }
+
+  // The tokens that guess() chooses from, in the order they are added.
+  void add(int32_t token) {
+    if (added_ % kTile == 0) sketches_.resize(sketches_.size() + kSketch * kTile);
+    float sketch[kSketch];
+    sketch_of(token, sketch);
+    float* block = &sketches_[added_ / kTile * kSketch * kTile];
+    for (int64_t c = 0; c < kSketch; ++c) block[c * kTile + added_ % kTile] = sketch[c];
+    ++added_;
+  }
+
+  // Which of those added from `begin` to `end` token j resembles most, going by a few of the features.
+  int64_t guess(int32_t j, int64_t begin, int64_t end) const {
+    float sketch[kSketch], estimate[kTile];
+    sketch_of(j, sketch);
+    int64_t best = begin;
+    float most = -INFINITY;
+    for (int64_t block = begin / kTile; block * kTile < end; ++block) {
+      simd().cross_row(sketch, &sketches_[block * kSketch * kTile], kSketch, estimate);
+      for (int64_t p = std::max(begin, block * kTile); p < std::min(end, (block + 1) * kTile); ++p) {
+        if (estimate[p % kTile] > most) {
+          most = estimate[p % kTile];
+          best = p;
+        }
+      }
     }
-    return static_cast<float>(sum);
+    return best;
   }
 
  private:
   static constexpr float kUnknown = -1.0f;
+  static constexpr int64_t kSketch = 64;
+  static constexpr int64_t kWorthSharing = 65536;  // products: some 5 us
 
   const T* row(int64_t i) const { return x_ + i * d_; }
 
   UnitScale scale(int64_t i) {  // found when first needed: most tokens never are
-    if (scale_[i].scale == kUnknown) scale_[i] = unit_scale(row(i), d_, dot_);
+    if (scale_[i].scale == kUnknown) scale_[i] = unit_scale(row(i), d_, dots_);
     return scale_[i];
+  }
+
+  template <class F>
+  void run(bool shared, int64_t count, const F& f) {
+    if (shared) return team_->run_evenly(count, f);
+    for (int64_t i = 0; i < count; ++i) f(i);
+  }
+
+  void some(int32_t j, const int32_t* tokens, int64_t count, float* out) {
+    constexpr int64_t kMost = 16;
+    const T* rows[kMost];
+    const UnitScale sj = scale(j);
+    for (int64_t p = 0; p < count; ++p) rows[p] = row(tokens[p]);
+    dots_(row(j), rows, count, d_, out);
+    for (int64_t p = 0; p < count; ++p) {
+      const UnitScale sp = scale(tokens[p]);
+      if (sj.scale == 0.0f || sp.scale == 0.0f) {
+        out[p] = 0.0f;
+      } else if (sj.ordinary && sp.ordinary) {
+        out[p] = out[p] * sj.scale * sp.scale;
+      } else {
+        double sum = 0.0;
+        for (int64_t c = 0; c < d_; ++c) {
+          const float a = static_cast<float>(row(j)[c]) * sj.scale, b = static_cast<float>(rows[p][c]) * sp.scale;
+          sum += static_cast<double>(a) * b;
+        }
+        out[p] = static_cast<float>(sum);
+      }
+    }
+  }
+
+  // kSketch features from four places of the row, to length 1.
+  void sketch_of(int64_t i, float* sketch) const {
+    constexpr int64_t kPiece = kSketch / 4;
+    std::fill_n(sketch, kSketch, 0.0f);
+    for (int64_t piece = 0; piece < 4; ++piece) {
+      const int64_t first = std::max<int64_t>(0, d_ - kPiece) * piece / 3;
+      to_float(row(i) + first, std::min(kPiece, d_), sketch + piece * kPiece);
+    }
+    float square = 0.0f;
+    for (int64_t c = 0; c < kSketch; ++c) square += sketch[c] * sketch[c];
+    const float scale = square > 0.0f && square < INFINITY ? 1.0f / std::sqrt(square) : 0.0f;
+    for (int64_t c = 0; c < kSketch; ++c) sketch[c] = scale > 0.0f ? sketch[c] * scale : 0.0f;
   }
 
   const T* x_;
   int64_t d_;
-  Dot<T> dot_;
+  Team* team_;
+  Dots<T> dots_;
   std::vector<UnitScale> scale_;
+  std::vector<float> sketches_;  // [blocks of kTile tokens][kSketch][kTile]
+  int64_t added_ = 0;
 };
 
 }  // namespace lvtp::cpu

@@ -23,9 +23,8 @@ static Tensor greedy_suppression_op(Tensor scores, Tensor similarity, int64_t k,
     const float* rows = data<float>(sim) + image * n * n;
     int64_t* picks = data_out<int64_t>(out) + image * k;
     std::fill_n(picks, k, -1);
-    greedy(
-        suppression(gamma), tokens, states, k, [&](int64_t j, int64_t i) { return finite_similarity(rows[i * n + j]); },
-        [&](int64_t step, int64_t i) { picks[step] = i; });
+    Similarities source{[&](int64_t j, int64_t i) { return finite_similarity(rows[i * n + j]); }};
+    greedy(suppression(gamma), tokens, states, k, source, [&](int64_t step, int64_t i) { picks[step] = i; });
   });
   return out;
 }

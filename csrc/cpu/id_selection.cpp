@@ -6,6 +6,9 @@
 
 namespace lvtp::cpu {
 
+// From this many tokens on, one image is worth several threads.
+constexpr int64_t kWorthSharing = 2048;
+
 // Step 1 of ID-Selection: importance to [0, 1] over the finite values of the real tokens; as it is where they are all
 // alike or their difference overflows. +Inf becomes 2 and -Inf 0; a NaN stays one, for finite_score to put last.
 static std::vector<Suppression::State> scaled(const float* importance, const std::vector<int32_t>& tokens) {
@@ -34,14 +37,20 @@ static Tensor id_selection_op(Tensor features, Tensor importance, int64_t k, dou
   auto out = empty_like_device(x, {b, k}, ScalarType::Long);
 
   with_features(x, [&](const auto* p) {
-    for_each_image(b, [&](int64_t image) {
+    const auto select = [&](int64_t image, Team* team) {
       const auto tokens = present.tokens(image);
-      const auto states = scaled(data<float>(s) + image * n, tokens);
-      Cosines cosine(p + image * n * d, n, d);
+      Cosines cosine(p + image * n * d, n, d, team);
       int64_t* picks = data_out<int64_t>(out) + image * k;
       std::fill_n(picks, k, -1);
-      greedy(suppression(gamma), tokens, states, k, cosine, [&](int64_t step, int64_t i) { picks[step] = i; });
-    });
+      greedy(
+          suppression(gamma), tokens, scaled(data<float>(s) + image * n, tokens), k, cosine,
+          [&](int64_t step, int64_t i) { picks[step] = i; });
+    };
+    if (n >= kWorthSharing) {
+      Team::for_each_image(b, [&](int64_t image, Team& team) { select(image, &team); });
+    } else {
+      for_each_image(b, [&](int64_t image) { select(image, nullptr); });
+    }
   });
   return out;
 }

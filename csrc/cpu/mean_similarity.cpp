@@ -16,11 +16,11 @@ static float mean_similarity(Team& team, const T* x, int64_t d, const std::vecto
   const int64_t parts = std::min<int64_t>(strips(real), 8);
   std::vector<double> sums(parts * d), own(parts);  // own: sum_i ||x^_i||^2, 1 for every token but the unusable ones
   team.run(parts, [&](int64_t part) {
-    const auto dot = best_dot<T>();
+    const auto dots = best_dots<T>();
     const Array<float> row(d);
     for (int64_t t = real * part / parts; t < real * (part + 1) / parts; ++t) {
       const T* token = x + tokens[t] * d;
-      const float scale = unit_scale(token, d, dot).scale;
+      const float scale = unit_scale(token, d, dots).scale;
       if (scale == 0.0f) continue;
       to_float(token, d, row.get());
       own[part] += simd().accumulate_unit(row.get(), d, scale, sums.data() + part * d);

@@ -10,10 +10,9 @@
 namespace lvtp::cpu {
 
 // One image: kept[i] becomes true for the tokens that stay. Groups never interact, so each is a loop of its own.
-template <class Similarity>
+template <class Source>
 void nms(
-    const float* scores, const int64_t* labels, float tau, std::vector<int32_t> tokens, Similarity&& similarity,
-    bool* kept) {
+    const float* scores, const int64_t* labels, float tau, std::vector<int32_t> tokens, Source& source, bool* kept) {
   std::stable_sort(tokens.begin(), tokens.end(), [&](int32_t a, int32_t b) { return labels[a] < labels[b]; });
   for (auto begin = tokens.begin(); begin != tokens.end();) {
     const int64_t group = labels[*begin];
@@ -21,7 +20,7 @@ void nms(
     const std::vector<int32_t> members(begin, end);
     std::vector<GroupNms::State> states;
     for (const int32_t i : members) states.push_back({std::isnan(scores[i]) ? kOut : scores[i], group, false});
-    greedy(GroupNms{tau}, members, states, static_cast<int64_t>(members.size()), similarity, [&](int64_t, int32_t i) {
+    greedy(GroupNms{tau}, members, states, static_cast<int64_t>(members.size()), source, [&](int64_t, int32_t i) {
       kept[i] = true;
     });
     begin = end;

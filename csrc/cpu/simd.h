@@ -46,6 +46,8 @@ struct Simd {
   void (*gram_strip)(const float* panels, int64_t depth, int64_t s, float* tiles);
   // product [kTile][kTile] = a^T b for a, b [depth][kTile].
   void (*cross)(const float* a, const float* b, int64_t depth, float* product);
+  // product [kTile] = a^T b for a [depth], b [depth][kTile].
+  void (*cross_row)(const float* a, const float* b, int64_t depth, float* product);
   // out += a tile for a, out [rows][kTile].
   void (*add_product)(const float* a, const float* tile, int64_t rows, float* out);
   // sigmoid of row[0, size) in place, size a multiple of kTile, and the sum of the first `count` in double.

@@ -43,15 +43,13 @@ inline void transpose(const float* block, int64_t stride, int64_t depth, float* 
   }
 }
 
-// tile += the rows of `a` times those of `b` over `depth` columns. The sums of some rows at a time stay in registers.
+// tile += the rows of `a` times those of `b` over `depth` columns. The sums of some rows at a time stay in registers,
+// and start from zero: sums of sums lose less to rounding than one long one.
 inline void add_to_tile(const float* a, const float* b, int64_t depth, float* tile) {
   using V = Vector<float>;
   constexpr int64_t kRows = LVTP_BYTES == 64 ? 16 : LVTP_BYTES == 32 ? 4 : 2, kParts = kTile / kWidth<float>;
   for (int64_t r0 = 0; r0 < kTile; r0 += kRows) {
-    V sum[kRows][kParts];
-    for (int64_t r = 0; r < kRows; ++r) {
-      for (int64_t p = 0; p < kParts; ++p) sum[r][p] = load<V>(tile + (r0 + r) * kTile + p * kWidth<float>);
-    }
+    V sum[kRows][kParts] = {};
     for (int64_t c = 0; c < depth; ++c) {
       V column[kParts];
       for (int64_t p = 0; p < kParts; ++p) column[p] = load<V>(b + c * kTile + p * kWidth<float>);
@@ -61,7 +59,10 @@ inline void add_to_tile(const float* a, const float* b, int64_t depth, float* ti
       }
     }
     for (int64_t r = 0; r < kRows; ++r) {
-      for (int64_t p = 0; p < kParts; ++p) store(tile + (r0 + r) * kTile + p * kWidth<float>, sum[r][p]);
+      for (int64_t p = 0; p < kParts; ++p) {
+        float* place = tile + (r0 + r) * kTile + p * kWidth<float>;
+        store(place, load<V>(place) + sum[r][p]);
+      }
     }
   }
 }
@@ -81,6 +82,16 @@ inline void gram_strip(const float* panels, int64_t depth, int64_t s, float* til
 inline void cross(const float* a, const float* b, int64_t depth, float* product) {
   for (int64_t i = 0; i < kTile * kTile; ++i) product[i] = 0.0f;
   add_to_tile(a, b, depth, product);
+}
+
+inline void cross_row(const float* a, const float* b, int64_t depth, float* product) {
+  Row sum[4] = {};
+  int64_t c = 0;
+  for (; c + 4 <= depth; c += 4) {
+    for (int64_t p = 0; p < 4; ++p) sum[p] += a[c + p] * load<Row>(b + (c + p) * kTile);
+  }
+  for (; c < depth; ++c) sum[0] += a[c] * load<Row>(b + c * kTile);
+  store(product, (sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
 inline void add_product(const float* a, const float* tile, int64_t rows, float* out) {

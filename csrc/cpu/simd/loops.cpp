@@ -13,6 +13,7 @@ const Simd loops = {
     transpose,
     gram_strip,
     cross,
+    cross_row,
     add_product,
     sigmoid,
     centre,

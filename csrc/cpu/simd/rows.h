@@ -9,8 +9,8 @@ inline void from_half(const uint16_t* x, int64_t size, float* out) {
   int64_t c = 0;
 #ifdef __F16C__
   for (; c + 8 <= size; c += 8) {
-    const auto bits = load<Vector<short, 16>>(x + c);
-    store(out + c, __builtin_ia32_vcvtph2ps256(bits));
+    const Vector<float, 32> wide = __builtin_ia32_vcvtph2ps256(load<Vector<short, 16>>(x + c));
+    store(out + c, wide);
   }
 #endif
   for (; c < size; ++c) {

@@ -1,0 +1,102 @@
+"""What only the CPU kernels must hold: every instruction set, any number of threads, two ways to one answer."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import clustered_features, photograph_features, random_importance
+
+import lvtp
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_every_instruction_set(capability):
+    """Loops have a variant for each; torch's own switch chooses, and is read once, so each runs in its own process."""
+    script = """
+import torch
+import lvtp, oracle, test_id_selection as t, test_psca
+for dtype in (torch.float32, torch.float16, torch.bfloat16):
+    for n, d in ((33, 1), (40, 15), (97, 130), (200, 1024)):
+        x, s = t.clustered_features(2, n, d, dtype=dtype), t.random_importance(2, n)
+        with lvtp.use_backend("native"):
+            worst = t.shortfall(lvtp.id_selection(x, s, n // 2), x, s)
+            sim, rho = lvtp.cosine_similarity(x), lvtp.mean_similarity(x)
+        assert worst <= t.TOLERANCE, (dtype, n, d, worst)
+        for image, values in enumerate(oracle.as_float64(x)):
+            assert abs(sim[image].numpy() - oracle.similarity(values)).max() < 2e-6, (dtype, n, d)
+            assert abs(rho[image].item() - oracle.mean_similarity(values)) < 1e-6, (dtype, n, d)
+    for center in ("feature", "token"):
+        for groups in (4, 60):  # by iteration, and directly in double
+            assert test_psca.agreement(t.clustered_features(1, 300, 200, dtype=dtype), groups, center) >= 0.99
+"""
+    env = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+    done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent, env=env, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+CALLS = {
+    "cosine_similarity": lambda x, s: lvtp.cosine_similarity(x),
+    "mean_similarity": lambda x, s: lvtp.mean_similarity(x),
+    "id_selection": lambda x, s: lvtp.id_selection(x, s, 100),
+    "psca, few groups": lambda x, s: lvtp.psca(x, 8)[1],
+    "psca, many groups": lambda x, s: lvtp.psca(x, 60, "token")[1],
+    "prune_sid": lambda x, s: lvtp.prune_sid(x, s, 64),
+}
+
+
+@pytest.mark.parametrize("n", [300, 2100])  # from 2048 tokens on, threads share one image
+@pytest.mark.parametrize("name", CALLS)
+def test_any_number_of_threads_gives_the_same_bits(name, n):
+    if name == "psca, many groups" and n > 300:
+        pytest.skip("takes seconds, and shares nothing that few groups do not")
+    x, s = clustered_features(1, n, 700, clusters=60), random_importance(1, n)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            results.append(CALLS[name](x, s))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert torch.equal(result, results[0])
+
+
+def test_a_matrix_shared_by_threads():
+    """From 1024 rows on, threads share the steps of the tridiagonal form: here of a 1100 x 1100 matrix."""
+    x = torch.randn(1, 1100, 1200, generator=torch.Generator().manual_seed(0))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        labels, loadings = lvtp.psca(x, 8)
+        torch.set_num_threads(4)
+        again, loadings_again = lvtp.psca(x, 8)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(labels, again)
+    assert torch.equal(loadings, loadings_again)
+
+
+def test_iteration_and_the_direct_way_agree():
+    """8 groups of a photograph come from block Lanczos iteration, 49 from the tridiagonal form of the same matrix."""
+    x = photograph_features()
+    labels, loadings = lvtp.psca(x, 8)
+    more, more_loadings = lvtp.psca(x, 49)
+    first = more < 8  # tokens whose largest loading of all lies on one of the first 8
+    assert first.sum() > 20
+    assert (labels == more)[first].double().mean() >= 0.99
+    torch.testing.assert_close(loadings[first], more_loadings[first], rtol=0, atol=5e-3)
+
+
+def test_calls_from_several_python_threads():
+    import concurrent.futures
+
+    x, s = clustered_features(2, 2100, 64), random_importance(2, 2100)
+    wanted = lvtp.id_selection(x, s, 64), lvtp.psca(x, 8)[0]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for picks, labels in pool.map(lambda _: (lvtp.id_selection(x, s, 64), lvtp.psca(x, 8)[0]), range(8)):
+            assert torch.equal(picks, wanted[0])
+            assert torch.equal(labels, wanted[1])
