@@ -2,16 +2,11 @@
 #pragma once
 
 #include <algorithm>
-#include <limits>
 #include <vector>
 
 #include "../rules.h"
 
 namespace lvtp::cpu {
-
-inline Suppression suppression(double gamma) {
-  return {static_cast<float>(std::min(gamma, static_cast<double>(std::numeric_limits<float>::max())))};
-}
 
 // `tokens`, ascending, are those of one image that take part, `states` their initial states in the same order.
 // `similarity(j, i)` of two tokens is asked for only when it can matter, and `take(step, i)` receives the picks.
