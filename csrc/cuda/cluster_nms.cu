@@ -91,8 +91,7 @@ cudaError_t cluster_nms(
   int* members = leader + tokens;
   const unsigned grid = blocks(ceil_div(tokens, kThreads / 32));
   const auto size = static_cast<int>(n);
-  const cudaError_t error = launch(find_leaders, grid, kThreads, 0, stream, labels, mask, tokens, size, leader, kept);
-  if (error != cudaSuccess) return error;
+  LVTP_TRY(launch(find_leaders, grid, kThreads, 0, stream, labels, mask, tokens, size, leader, kept));
   return with_dtype(similarity, dtype, [&](const auto* sim) {
     return launch(
         suppress_in_groups<std::decay_t<decltype(*sim)>>, grid, kThreads, 0, stream, scores, sim, thresholds, threshold,

@@ -64,19 +64,25 @@ __global__ void __launch_bounds__(kThreads) similarity_tiles(
   }
 }
 
-template <class T>
-cudaError_t tiles(const T* x, int64_t images, int64_t n, int64_t d, float* scale, float* out, cudaStream_t stream) {
-  if (const cudaError_t error = launch_unit_scale(x, images * n, d, scale, stream); error != cudaSuccess) return error;
-  const int64_t across = ceil_div(n, kTile), per_image = across * (across + 1) / 2;
-  return launch(similarity_tiles<T>, blocks(images * per_image), kThreads, 0, stream, x, scale, n, d, per_image, out);
-}
-
 }  // namespace
+
+cudaError_t scaled_gram(
+    const void* features, Dtype dtype, const float* scale, int64_t images, int64_t n, int64_t d, float* out,
+    cudaStream_t stream) {
+  const int64_t across = ceil_div(n, kTile), per_image = across * (across + 1) / 2;
+  return with_dtype(features, dtype, [&](const auto* x) {
+    return launch(
+        similarity_tiles<std::decay_t<decltype(*x)>>, blocks(images * per_image), kThreads, 0, stream, x, scale, n, d,
+        per_image, out);
+  });
+}
 
 cudaError_t cosine_similarity(
     const void* features, Dtype dtype, int64_t images, int64_t n, int64_t d, float* scale, float* out,
     cudaStream_t stream) {
-  return with_dtype(features, dtype, [&](const auto* x) { return tiles(x, images, n, d, scale, out, stream); });
+  LVTP_TRY(
+      with_dtype(features, dtype, [&](const auto* x) { return launch_unit_scale(x, images * n, d, scale, stream); }));
+  return scaled_gram(features, dtype, scale, images, n, d, out, stream);
 }
 
 }  // namespace lvtp::cuda

@@ -109,10 +109,9 @@ cudaError_t pick_by_rows(
     Rank* best, float* scores, int64_t* picks, cudaStream_t stream) {
   const int64_t per_image = ceil_div(n, kWarps * kTokensPerWarp);
   for (int64_t step = 0; step < k; ++step, best += images) {
-    const cudaError_t error = launch(
+    LVTP_TRY(launch(
         suppress_by_row<T>, blocks(images * per_image), kThreads, 0, stream, x, scale, static_cast<int>(n), d, rule,
-        step, k, per_image, best, best + images, scores, picks);
-    if (error != cudaSuccess) return error;
+        step, k, per_image, best, best + images, scores, picks));
   }
   return cudaSuccess;
 }
@@ -136,20 +135,18 @@ cudaError_t id_selection(
 
   const size_t ranks = by_rows ? images * (k + 1) * sizeof(Rank) : 0;
   if (by_rows) {
-    if (const cudaError_t e = cudaMemsetAsync(best, 0, ranks, stream); e != cudaSuccess) return e;
+    LVTP_TRY(cudaMemsetAsync(best, 0, ranks, stream));
   }
-  const cudaError_t error = launch(
+  LVTP_TRY(launch(
       scale_importance, blocks(images), kThreads, 0, stream, importance, mask, static_cast<int>(n), scores,
-      by_rows ? best : nullptr);
-  if (error != cudaSuccess) return error;
+      by_rows ? best : nullptr));
   if (by_rows) {
     return with_dtype(features, dtype, [&](const auto* x) {
-      if (const cudaError_t e = launch_unit_scale(x, images * n, d, scale, stream); e != cudaSuccess) return e;
+      LVTP_TRY(launch_unit_scale(x, images * n, d, scale, stream));
       return pick_by_rows(x, images, n, d, k, suppression(gamma), scale, best, scores, picks, stream);
     });
   }
-  const cudaError_t e = cosine_similarity(features, dtype, images, n, d, scale, similarity, stream);
-  if (e != cudaSuccess) return e;
+  LVTP_TRY(cosine_similarity(features, dtype, images, n, d, scale, similarity, stream));
   return greedy_suppression(scores, similarity, Dtype::kFloat, mask, images, n, k, gamma, nullptr, picks, stream);
 }
 

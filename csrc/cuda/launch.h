@@ -27,6 +27,10 @@ cudaError_t launch(
   return cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
 }
 
+// Leaves the function with the error of `call`, if it is one.
+#define LVTP_TRY(call) \
+  if (const cudaError_t error = call; error != cudaSuccess) return error
+
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // A grid's x, which holds 2^31 - 1 blocks.

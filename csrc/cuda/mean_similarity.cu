@@ -70,13 +70,12 @@ cudaError_t mean_similarity(
   const int64_t tiles = ceil_div(d, kColumns);
   auto* total = static_cast<double*>(workspace);
   auto* scale = reinterpret_cast<float*>(total + images * tiles * 2);
-  const cudaError_t error = with_dtype(features, dtype, [&](const auto* x) {
-    if (const cudaError_t e = launch_unit_scale(x, images * n, d, scale, stream); e != cudaSuccess) return e;
+  LVTP_TRY(with_dtype(features, dtype, [&](const auto* x) {
+    LVTP_TRY(launch_unit_scale(x, images * n, d, scale, stream));
     return launch(
         feature_sums<std::decay_t<decltype(*x)>>, blocks(images * tiles), kThreads, 0, stream, x, scale, mask, n, d,
         tiles, total);
-  });
-  if (error != cudaSuccess) return error;
+  }));
   return launch(finish, blocks(images), 32, 0, stream, total, mask, n, tiles, out);
 }
 

@@ -44,6 +44,8 @@ PYBIND11_MODULE(MODULE_NAME, m) {
   m.def("greedy_suppression_workspace", &greedy_suppression_workspace);
   m.def("cluster_nms_workspace", &cluster_nms_workspace);
   m.def("id_selection_workspace", &id_selection_workspace);
+  m.def("psca_workspace", &psca_workspace);
+  m.def("prune_sid_workspace", &prune_sid_workspace);
 
   m.def(
       "cosine_similarity",
@@ -76,5 +78,20 @@ PYBIND11_MODULE(MODULE_NAME, m) {
         check(id_selection(
             at<void>(x), dtype(type), at<float>(importance), at<bool>(mask), b, n, d, k, gamma, at<void>(workspace),
             at<int64_t>(picks), nullptr));
+      });
+  m.def(
+      "psca", [](Address x, const std::string& type, Address mask, int64_t b, int64_t n, int64_t d, int64_t groups,
+                 bool over_features, Address workspace, Address labels, Address loadings) {
+        check(psca(
+            at<void>(x), dtype(type), at<bool>(mask), b, n, d, groups, over_features, at<void>(workspace),
+            at<int64_t>(labels), at<float>(loadings), nullptr));
+      });
+  m.def(
+      "prune_sid", [](Address x, const std::string& type, Address importance, Address labels, Address mask, int64_t b,
+                      int64_t n, int64_t d, int64_t groups, int64_t budget, int64_t reserved, bool over_features,
+                      Address workspace, Address picks) {
+        check(prune_sid(
+            at<void>(x), dtype(type), at<float>(importance), at<int64_t>(labels), at<bool>(mask), b, n, d, groups,
+            budget, reserved, over_features, at<void>(workspace), at<int64_t>(picks), nullptr));
       });
 }

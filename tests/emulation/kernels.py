@@ -38,7 +38,7 @@ class _Workspace:
         self.size = size
 
     def __enter__(self):
-        return self.bytes.data_ptr() + MARGIN
+        return self.bytes.data_ptr() + MARGIN  # torch aligns to 64 bytes, and no kernel asks for more than 8
 
     def __exit__(self, *_):
         for margin in (self.bytes[:MARGIN], self.bytes[MARGIN + self.size :]):
@@ -95,4 +95,30 @@ def id_selection(features, importance, k, gamma=20.0, mask=None):
         module().id_selection(
             _address(x), _type(x), _address(s), _address(m), b, n, d, k, gamma, workspace, _address(picks)
         )
+    return picks
+
+
+def psca(features, groups, center="feature", mask=None):
+    b, n, d = features.shape
+    x, m = _contiguous(features), _contiguous(mask)
+    labels, loadings = torch.full((b, n), -7), torch.full((b, n), -7.0)
+    with _Workspace(module().psca_workspace(b, n, d, groups)) as workspace:
+        module().psca(
+            _address(x), _type(x), _address(m), b, n, d, groups, center == "feature", workspace, _address(labels),
+            _address(loadings),
+        )  # fmt: skip
+    return labels, loadings
+
+
+def prune_sid(features, importance, n, reserved=0, center="feature", labels=None, mask=None):
+    b, tokens, d = features.shape
+    x, m, group = _contiguous(features), _contiguous(mask), _contiguous(labels)
+    scores = _contiguous(importance, torch.float32)
+    groups = max(1, min(n // 4, tokens))
+    picks = torch.full((b, min(n - reserved, tokens)), -7)
+    with _Workspace(module().prune_sid_workspace(b, tokens, d, groups, labels is None)) as workspace:
+        module().prune_sid(
+            _address(x), _type(x), _address(scores), _address(group), _address(m), b, tokens, d, groups, n, reserved,
+            center == "feature", workspace, _address(picks),
+        )  # fmt: skip
     return picks

@@ -1,9 +1,11 @@
 """The CUDA kernels, on the emulator, against the reference and the oracle: what tests/test_<op>.py does on a GPU."""
 
+import os
+
 import oracle
 import pytest
 import torch
-from conftest import DTYPES, clustered_features, random_importance
+from conftest import DTYPES, clustered_features, photograph_features, random_importance
 from torch.testing import assert_close
 
 import lvtp
@@ -200,3 +202,121 @@ def test_id_selection_of_bad_input(seed):
     assert selection_shortfall(picks, x, importance) <= TOLERANCE
     assert picks[0, 0] in (1, 3)
     assert picks[0, -1] == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------- psca
+
+
+def agreement(labels, loadings, x, groups, center):
+    """The share of tokens grouped as by float64 eigenvectors; the loadings of these must agree."""
+    shares = []
+    for image in range(len(x)):
+        wanted, wanted_loadings = oracle.psca(oracle.as_float64(x[image]), groups, center)
+        same = labels[image].numpy() == wanted
+        assert abs(loadings[image].numpy() - wanted_loadings)[same].max(initial=0.0) < 5e-3
+        shares.append(float(same.mean()))
+    return min(shares)
+
+
+@pytest.mark.parametrize(
+    ("n", "groups", "center"), [(1, 1, "feature"), (31, 4, "token"), (33, 33, "feature"), (90, 8, "feature")]
+)
+def test_psca_sizes(n, groups, center):
+    kernels.module().set_seed(n)
+    x = clustered_features(1, n, 64, seed=n, dtype=DTYPES[n % 3])
+    assert agreement(*kernels.psca(x, groups, center), x, groups, center) >= 0.95
+
+
+@pytest.mark.parametrize("center", ["feature", "token"])
+@pytest.mark.parametrize("groups", [4, 8, 16, 32, 48])
+@pytest.mark.parametrize("features", ["photograph", "clustered"])
+def test_psca_groups_like_float64(features, groups, center):
+    if (features, groups, center) != ("photograph", 8, "feature") and not os.environ.get("LVTP_EMULATION_ALL"):
+        pytest.skip("takes its time; LVTP_EMULATION_ALL=1 runs it")
+    kernels.module().set_seed(groups)
+    x = photograph_features() if features == "photograph" else clustered_features(1, 576, 128, groups, clusters=24)
+    assert agreement(*kernels.psca(x, groups, center), x, groups, center) >= 0.99
+
+
+@pytest.mark.parametrize("center", ["feature", "token"])
+def test_psca_of_bad_features_and_with_a_mask(center):
+    kernels.module().set_seed(3)
+    x = hostile_features(40)
+    x[0, 9] = 3.0  # a constant token is zero once centred over its features
+    mask = some_mask(2, 40)
+    mask[1] = True
+    labels, loadings = kernels.psca(x, 3, center, mask)
+    wanted_labels, wanted_loadings = lvtp.reference._psca(x, 3, center, mask)
+    assert_close(loadings, wanted_loadings, rtol=0, atol=1e-4)
+    assert ((loadings == 0) == (wanted_loadings == 0)).all()
+    assert (labels == wanted_labels).float().mean() > 0.95
+
+
+def test_psca_of_equal_tokens():
+    kernels.module().set_seed(0)
+    for value in (0.0, 1.0):
+        labels, loadings = kernels.psca(torch.full((1, 20, 5), value), 3, "token")
+        assert (labels == 0).all()
+        assert (loadings == 0).all()
+    x = clustered_features(1, 1, 16).expand(1, 20, 16)
+    labels, loadings = kernels.psca(x, 3)
+    assert (labels == 0).all()
+    assert_close(loadings, torch.full((1, 20), 20**-0.5), rtol=1e-4, atol=0)
+
+
+# ----------------------------------------------------------------------------------------------------------- prune_sid
+
+
+def assert_prunes_like_the_oracle(picks, x, scores, labels, n, reserved=0, mask=None):
+    compared = 0
+    for image in range(len(x)):
+        wanted, margin = oracle.prune_sid(
+            oracle.as_float64(x[image]), oracle.as_float64(scores[image]), labels[image].numpy(), n, reserved,
+            None if mask is None else mask[image].numpy(),
+        )  # fmt: skip
+        if margin > 1e-6:
+            assert picks[image].tolist() == wanted
+            compared += 1
+    assert compared > 0
+
+
+@pytest.mark.parametrize("tokens", SIZES)
+def test_prune_sid_sizes(seed, tokens):
+    n, reserved = (64, seed % 2) if tokens > 60 else (tokens + 2, 1)
+    groups = max(1, min(n // 4, tokens))
+    g = torch.Generator().manual_seed(tokens)
+    x = clustered_features(2, tokens, 24, seed=tokens, dtype=DTYPES[seed % 3])
+    scores = torch.rand(2, tokens, generator=g)
+    labels = (torch.rand(2, tokens, generator=g) ** 2 * groups).long()
+    picks = kernels.prune_sid(x, scores, n, reserved, labels=labels)
+    assert_prunes_like_the_oracle(picks, x, scores, labels, n, reserved)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "n", "reserved"), [(50, 12, 0), (50, 3, 2), (50, 40, 30), (50, 2**62, 5), (1100, 99, 1)]
+)
+def test_prune_sid_budgets_with_a_mask_and_bad_scores(tokens, n, reserved):
+    kernels.module().set_seed(n)
+    g = torch.Generator().manual_seed(tokens)
+    x, mask = clustered_features(3, tokens, 16, seed=1), some_mask(3, tokens)
+    scores = torch.randint(-1, 5, (3, tokens), generator=g).float()
+    scores[0, :9] = torch.tensor([torch.nan, torch.inf, -torch.inf] * 3)
+    groups = max(1, min(n // 4, tokens))
+    labels = torch.randint(0, min(groups, 9), (3, tokens), generator=g)
+    picks = kernels.prune_sid(x, scores, n, reserved, labels=labels, mask=mask)
+    assert_prunes_like_the_oracle(picks, x, scores, labels, n, reserved, mask)
+    far = torch.where(labels == groups - 1, labels + 1000, labels)  # counts as the nearest group
+    assert torch.equal(kernels.prune_sid(x, scores, n, reserved, labels=far, mask=mask), picks)
+
+
+def test_prune_sid_from_features_alone_and_with_more_groups_than_fit_in_shared_memory():
+    kernels.module().set_seed(1)
+    x = clustered_features(1, 120, 32, dtype=torch.bfloat16)
+    labels, loadings = kernels.psca(x, 6, "token")
+    picks = kernels.prune_sid(x, None, 25, 1, "token")
+    assert torch.equal(picks, kernels.prune_sid(x, loadings, 25, 1, labels=labels))
+    assert_prunes_like_the_oracle(picks, x, loadings, labels, 25, 1)
+    wide = clustered_features(1, 330, 16)
+    scores, each = random_importance(1, 330), torch.arange(330)[None] % 300
+    picks = kernels.prune_sid(wide, scores, 1200, 900, labels=each)
+    assert_prunes_like_the_oracle(picks, wide, scores, each, 1200, 900)
