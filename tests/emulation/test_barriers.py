@@ -14,7 +14,7 @@ from . import kernels
 from .build import ROOT
 
 BARRIER = re.compile(r"^(?!\s*//).*\b(__syncthreads|__syncwarp|cluster_barrier)\w*\(")
-SEEDS = 4
+SEEDS = 3
 
 
 def barriers_in_the_sources():
@@ -28,7 +28,8 @@ def barriers_in_the_sources():
 
 @pytest.fixture(scope="module")
 def work():
-    """A little of everything that waits, in shapes with several warps and several steps."""
+    """A little of everything that waits, in shapes with several warps and several steps. Results are compared to the
+    last bit, as every sum is in a fixed order."""
     x, scores = clustered_features(1, 95, 40), random_importance(1, 95)
     sim, labels = lvtp.cosine_similarity(x), torch.arange(95)[None] % 3
     wide, wide_scores = clustered_features(1, 4100, 5), random_importance(1, 4100)
@@ -36,12 +37,12 @@ def work():
     groups = torch.arange(1100)[None] % 24
     noise = torch.randn(1, 35, 60, generator=torch.Generator().manual_seed(0))  # eigenvalues close to each other
     return {
-        "cosine_similarity": lambda: (kernels.cosine_similarity(x) * 1e4).round(),
-        "mean_similarity": lambda: (kernels.mean_similarity(x) * 1e4).round(),
+        "cosine_similarity": lambda: kernels.cosine_similarity(x),
+        "mean_similarity": lambda: kernels.mean_similarity(x),
         "greedy_suppression": lambda: kernels.greedy_suppression(scores * 95, sim, 20),
         "cluster_nms": lambda: kernels.cluster_nms(scores, labels, sim, 0.5),
         "id_selection": lambda: kernels.id_selection(x, scores * 50 - 3, 20),
-        "psca": lambda: (kernels.psca(noise, 20)[1] * 1e3).round(),
+        "psca": lambda: kernels.psca(noise, 2)[1],
         "prune_sid": lambda: kernels.prune_sid(many, many_scores, 99, labels=groups),
         "id_selection, by rows": lambda: kernels.id_selection(wide, wide_scores, 3),
     }
