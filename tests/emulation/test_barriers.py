@@ -55,11 +55,12 @@ def expected(work):
     return {name: run() for name, run in work.items()}
 
 
-def first_failure(work, expected):
-    """The operator and seed whose result differs, or that ends in an error."""
+def first_failure(work, expected, suspect=""):
+    """The operator and seed whose result differs, or that ends in an error; the suspect's own operator goes first."""
+    likely_first = sorted(work.items(), key=lambda item: not suspect.startswith(item[0]))
     for seed in range(SEEDS):
         kernels.module().set_seed(seed)
-        for name, run in work.items():
+        for name, run in likely_first:
             try:
                 same = torch.equal(run(), expected[name])
             except (AssertionError, RuntimeError) as error:
@@ -100,7 +101,7 @@ def test_with_all_barriers_in_place_every_seed_gives_the_same(work, expected):
 def test_a_removed_barrier_is_noticed(work, expected, site):
     kernels.module().remove_barrier(*site)
     try:
-        noticed = in_a_child(lambda: first_failure(work, expected))
+        noticed = in_a_child(lambda: first_failure(work, expected, site[0]))
     finally:
         kernels.module().remove_barrier("", 0)
     print(f"{site[0]}:{site[1]} removed: {noticed}")
