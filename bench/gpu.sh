@@ -28,4 +28,13 @@ stage() { # name, seconds, command...
 stage build 240 "$PYTHON" -m pip install --no-build-isolation --no-deps -e .
 stage info 60 "$PYTHON" -c "import lvtp, pprint; pprint.pprint(lvtp.build_info())"
 stage test 240 "$PYTHON" -m pytest -q -m gpu tests --ignore=tests/hf --ignore=tests/test_demo.py
+# Under the sanitizer a kernel is 10 to 100 times slower, so: small shapes, and no test that starts other processes.
+if command -v compute-sanitizer >/dev/null; then
+  small=(-m pytest -q -p no:cacheprovider -m gpu tests/test_greedy_suppression.py tests/test_cluster_nms.py
+    tests/test_mean_similarity.py tests/test_cosine_similarity.py tests/test_id_selection.py tests/test_prune_sid.py
+    -k "native and (33 or mask or tie or finite)")
+  for tool in memcheck racecheck synccheck; do
+    stage "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 1 "$PYTHON" "${small[@]}"
+  done
+fi
 stage bench 180 "$PYTHON" -m pytest bench -q --benchmark-only --benchmark-json="$results/ops.json"

@@ -4,7 +4,8 @@
 //
 // and a rule states what differs: what a token's state is, which key ranks it, and what a pick does to the others.
 // The loop itself (which similarities are computed, by whom, and when) belongs to an engine:
-// csrc/cpu/greedy.h on the CPU. A rule knows neither torch nor the device, so adding one here adds it everywhere.
+// csrc/cpu/greedy.h on the CPU, csrc/cuda/greedy.cuh on CUDA devices. A rule knows neither torch nor the device, so
+// adding one here adds it everywhere.
 //
 // A rule has
 //   State                       what it remembers of a token; trivially copyable
@@ -59,6 +60,11 @@ struct Suppression {
     s.score -= expf(-gamma * (distance * distance)) * fmaxf(picked.score, 0.0f);
   }
 };
+
+inline Suppression suppression(double gamma) {
+  constexpr double kMost = 0x1.fffffep127;  // the largest float
+  return {static_cast<float>(gamma < kMost ? gamma : kMost)};
+}
 
 // Non-maximum suppression inside groups (PruneSID, arXiv 2603.09480, step 4): the best token left is kept and drops
 // every token of its own group that is more similar to it than tau. Groups never interact.

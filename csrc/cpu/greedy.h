@@ -3,16 +3,11 @@
 
 #include <algorithm>
 #include <array>
-#include <limits>
 #include <vector>
 
 #include "../rules.h"
 
 namespace lvtp::cpu {
-
-inline Suppression suppression(double gamma) {
-  return {static_cast<float>(std::min(gamma, static_cast<double>(std::numeric_limits<float>::max())))};
-}
 
 // Similarities as the engine asks for them, for the simplest of sources: any function of two tokens.
 template <class Function>

@@ -1,7 +1,4 @@
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include "kernels.h"
+#include "device.cuh"
 
 namespace lvtp::cuda {
 namespace {
@@ -10,29 +7,6 @@ constexpr int kThreads = 256;
 constexpr int kTile = 64;   // outputs a block computes: kTile x kTile
 constexpr int kDepth = 16;  // features a step brings into shared memory
 constexpr int kPatch = 4;   // outputs a thread computes: kPatch x kPatch
-
-__device__ float value(float v) { return v; }
-__device__ float value(__half v) { return __half2float(v); }
-__device__ float value(__nv_bfloat16 v) { return __bfloat162float(v); }
-
-// scale[i] = 1 / max(||x_i||, 1e-12), or 0 for a token that is all zero or not finite. One warp a token; the sum is in
-// double, so finite features never overflow.
-template <class T>
-__global__ void unit_scale(const T* __restrict__ x, int64_t tokens, int64_t d, float* __restrict__ scale) {
-  const int64_t token = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
-  if (token >= tokens) return;  // the whole warp
-  const int lane = threadIdx.x % 32;
-  double sum = 0.0;
-  for (int64_t c = lane; c < d; c += 32) {
-    const double v = value(x[token * d + c]);
-    sum += v * v;
-  }
-  for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-  if (lane == 0) {
-    const bool usable = isfinite(sum) && sum > 0.0;
-    scale[token] = usable ? 1.0f / fmaxf(static_cast<float>(sqrt(sum)), 1e-12f) : 0.0f;
-  }
-}
 
 // Unit values of kTile tokens from `first`, kDepth features from `c0`, into shared memory, transposed.
 template <class T>
@@ -90,26 +64,25 @@ __global__ void __launch_bounds__(kThreads) similarity_tiles(
   }
 }
 
-template <class T>
-cudaError_t launch(const T* x, int64_t images, int64_t n, int64_t d, float* scale, float* out, cudaStream_t stream) {
-  const int64_t tokens = images * n, across = (n + kTile - 1) / kTile, tiles = across * (across + 1) / 2;
-  const auto warps = static_cast<unsigned>((tokens + kThreads / 32 - 1) / (kThreads / 32));
-  unit_scale<<<warps, kThreads, 0, stream>>>(x, tokens, d, scale);
-  if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
-  similarity_tiles<<<static_cast<unsigned>(images * tiles), kThreads, 0, stream>>>(x, scale, n, d, tiles, out);
-  return cudaGetLastError();
-}
-
 }  // namespace
+
+cudaError_t scaled_gram(
+    const void* features, Dtype dtype, const float* scale, int64_t images, int64_t n, int64_t d, float* out,
+    cudaStream_t stream) {
+  const int64_t across = ceil_div(n, kTile), per_image = across * (across + 1) / 2;
+  return with_dtype(features, dtype, [&](const auto* x) {
+    return launch(
+        similarity_tiles<std::decay_t<decltype(*x)>>, blocks(images * per_image), kThreads, 0, stream, x, scale, n, d,
+        per_image, out);
+  });
+}
 
 cudaError_t cosine_similarity(
     const void* features, Dtype dtype, int64_t images, int64_t n, int64_t d, float* scale, float* out,
     cudaStream_t stream) {
-  switch (dtype) {
-    case Dtype::kHalf: return launch(static_cast<const __half*>(features), images, n, d, scale, out, stream);
-    case Dtype::kBFloat16: return launch(static_cast<const __nv_bfloat16*>(features), images, n, d, scale, out, stream);
-    default: return launch(static_cast<const float*>(features), images, n, d, scale, out, stream);
-  }
+  LVTP_TRY(
+      with_dtype(features, dtype, [&](const auto* x) { return launch_unit_scale(x, images * n, d, scale, stream); }));
+  return scaled_gram(features, dtype, scale, images, n, d, out, stream);
 }
 
 }  // namespace lvtp::cuda

@@ -1,0 +1,322 @@
+"""The CUDA kernels, on the emulator, against the reference and the oracle: what tests/test_<op>.py does on a GPU."""
+
+import os
+
+import oracle
+import pytest
+import torch
+from conftest import DTYPES, clustered_features, photograph_features, random_importance
+from torch.testing import assert_close
+
+import lvtp
+
+from . import kernels
+
+TOLERANCE = 2e-5
+SIZES = (1, 2, 31, 33, 575, 577)
+
+
+def shortfall(picks, scores, similarity, mask=None):
+    masks = [None] * len(picks) if mask is None else mask.numpy()
+    images = zip(picks.tolist(), oracle.as_float64(scores), oracle.as_float64(similarity), masks, strict=True)
+    return max(oracle.replay(p, s, r, 20.0, m) for p, s, r, m in images)
+
+
+def selection_shortfall(picks, x, importance, mask=None):
+    masks = [None] * len(picks) if mask is None else mask.numpy()
+    return max(
+        oracle.replay(p, oracle.scale_importance(s, m), oracle.similarity(f), 20.0, m)
+        for p, f, s, m in zip(picks.tolist(), oracle.as_float64(x), importance.numpy(), masks, strict=True)
+    )
+
+
+def some_mask(b, n):
+    mask = torch.rand(b, n, generator=torch.Generator().manual_seed(3)) > 0.5
+    mask[-1] = False
+    mask[-1, [0, n // 2]] = True
+    return mask
+
+
+def hostile_features(n, d=16):
+    """NaN, Inf, zeros, a huge and a tiny token among ordinary ones."""
+    x = clustered_features(2, n, d)
+    x[0, 3, 5], x[0, 4, 0], x[1, 7] = torch.nan, torch.inf, 0
+    x[1, 1] *= 1e30
+    x[1, 2] *= 1e-10
+    return x
+
+
+# ---------------------------------------------------------------------------------------------------------- similarity
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_cosine_similarity_sizes(seed, n):
+    x = clustered_features(2, n, 50, seed=n, dtype=DTYPES[seed % 3])
+    assert_close(kernels.cosine_similarity(x), lvtp.reference.cosine_similarity(x), rtol=0, atol=2e-6)
+
+
+def test_cosine_similarity_of_bad_features(seed):
+    x = hostile_features(70)
+    assert_close(kernels.cosine_similarity(x), lvtp.reference.cosine_similarity(x), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_mean_similarity_sizes(seed, n):
+    x = clustered_features(2, n, 50, seed=n, dtype=DTYPES[seed % 3])
+    assert_close(kernels.mean_similarity(x), lvtp.reference.mean_similarity(x), rtol=1e-5, atol=1e-6)
+
+
+def test_mean_similarity_of_bad_features_and_with_a_mask(seed):
+    x, mask = hostile_features(70, d=33), some_mask(2, 70)
+    assert_close(kernels.mean_similarity(x), lvtp.reference.mean_similarity(x), rtol=1e-5, atol=1e-6)
+    assert_close(kernels.mean_similarity(x, mask), lvtp.reference.mean_similarity(x, mask), rtol=1e-5, atol=1e-6)
+    mask[1, 1:] = False
+    assert kernels.mean_similarity(x, mask)[1] == 0  # one token: no pair
+
+
+# -------------------------------------------------------------------------------------------------- greedy_suppression
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_greedy_suppression_sizes(seed, n):
+    scores = random_importance(2, n, n) * n
+    sim = lvtp.cosine_similarity(clustered_features(2, n, seed=n)).to(DTYPES[seed % 3])
+    picks = kernels.greedy_suppression(scores, sim, min(n, 64))
+    assert shortfall(picks, scores, sim) <= TOLERANCE
+
+
+@pytest.mark.parametrize("n", [1100, 4200])
+def test_greedy_suppression_with_several_tokens_a_thread(seed, n):
+    scores = random_importance(1, n) * n
+    sim = torch.rand(1, n, n, generator=torch.Generator().manual_seed(n), dtype=torch.float32).half()
+    picks = kernels.greedy_suppression(scores, sim, 6)
+    assert torch.equal(picks, lvtp.reference.greedy_suppression(scores, sim, 6))
+
+
+def test_greedy_suppression_beyond_the_registers():
+    kernels.module().set_seed(1)
+    n, k = 16 * 1024 + 37, 5
+    scores = torch.rand(1, n, generator=torch.Generator().manual_seed(1))
+    scores[0, [n - 1, n - 30, 16 * 1024]] = torch.tensor([5.0, 4.0, 4.0])
+    sim = torch.zeros(1, n, n, dtype=torch.bfloat16)
+    sim[0, n - 1, n - 30] = 1
+    picks = kernels.greedy_suppression(scores, sim, k)
+    assert torch.equal(picks, lvtp.reference.greedy_suppression(scores, sim, k))
+    assert picks[0, :2].tolist() == [n - 1, 16 * 1024]
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, 1.0, -3.0, torch.nan, torch.inf, -torch.inf])
+def test_greedy_suppression_ties_go_to_the_lowest_index(seed, value):
+    scores = torch.full((2, 77), value)
+    if value == 0:
+        scores[:, ::2] = 0.0  # both zeros are one key
+    picks = kernels.greedy_suppression(scores, torch.ones(2, 77, 77), 77, gamma=0.0)
+    assert torch.equal(picks, torch.arange(77).expand(2, 77))
+
+
+def test_greedy_suppression_of_what_is_not_finite(seed):
+    scores = torch.tensor([[torch.nan, -torch.inf, 1.0, torch.inf, torch.nan, -5.0]])
+    assert kernels.greedy_suppression(scores, torch.zeros(1, 6, 6), 6).tolist() == [[3, 2, 5, 1, 0, 4]]
+    sim = torch.zeros(1, 4, 4)
+    sim[0, 0] = torch.tensor([1.0, torch.inf, torch.nan, -torch.inf])  # reads as 1, 1, 0, -1
+    assert kernels.greedy_suppression(torch.tensor([[4.0, 3, 2, 1]]), sim, 4).tolist() == [[0, 2, 3, 1]]
+
+
+def test_greedy_suppression_with_a_mask(seed):
+    scores, mask = random_importance(3, 90) * 90, some_mask(3, 90)
+    sim = lvtp.cosine_similarity(clustered_features(3, 90))
+    scores[~mask] = torch.nan
+    picks = kernels.greedy_suppression(scores, sim, 60, mask=mask)
+    assert torch.equal(picks, lvtp.reference.greedy_suppression(scores, sim, 60, mask=mask))
+    assert (picks[2, 2:] == -1).all()
+
+
+# --------------------------------------------------------------------------------------------------------- cluster_nms
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_cluster_nms_sizes(seed, n):
+    g = torch.Generator().manual_seed(n)
+    scores, labels = torch.rand(2, n, generator=g) - 0.1, torch.randint(0, 1 + n // 20, (2, n), generator=g)
+    sim = lvtp.cosine_similarity(clustered_features(2, n, seed=n)).to(DTYPES[seed % 3])
+    kept = kernels.cluster_nms(scores, labels, sim, 0.5)
+    assert torch.equal(kept, lvtp.reference.cluster_nms(scores, labels, sim, 0.5))
+
+
+def test_cluster_nms_of_one_large_group_and_of_groups_with_large_labels(seed):
+    g = torch.Generator().manual_seed(5)
+    scores, sim = torch.rand(1, 333, generator=g), torch.rand(1, 333, 333, generator=g)
+    for labels in (torch.zeros(1, 333, dtype=torch.long), torch.randint(2**40, 2**40 + 3, (1, 333), generator=g)):
+        kept = kernels.cluster_nms(scores, labels, sim, 0.97)
+        assert torch.equal(kept, lvtp.reference.cluster_nms(scores, labels, sim, 0.97))
+        assert 10 < kept.sum() < 300
+
+
+def test_cluster_nms_thresholds_masks_ties_and_bad_scores(seed):
+    g = torch.Generator().manual_seed(6)
+    n, labels = 130, torch.randint(0, 4, (3, 130), generator=g)
+    scores, mask = torch.randint(-1, 4, (3, n), generator=g).float(), some_mask(3, n)
+    scores[0, :9] = torch.tensor([torch.nan, torch.inf, -torch.inf] * 3)
+    sim = lvtp.cosine_similarity(clustered_features(3, n))
+    sim[1, 5] = torch.nan
+    for threshold in (0.3, torch.tensor([0.2, 0.5, 0.9]), torch.inf, -torch.inf, torch.nan):
+        kept = kernels.cluster_nms(scores, labels, sim, threshold, mask)
+        assert torch.equal(kept, lvtp.reference.cluster_nms(scores, labels, sim, threshold, mask))
+
+
+# -------------------------------------------------------------------------------------------------------- id_selection
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_id_selection_sizes(seed, n):
+    x = clustered_features(2, n, 40, seed=n, dtype=DTYPES[seed % 3])
+    importance = random_importance(2, n, n)
+    picks = kernels.id_selection(x, importance, min(n, 48))
+    assert selection_shortfall(picks, x, importance) <= TOLERANCE
+
+
+def test_id_selection_without_a_matrix(seed):
+    n, k = 4100, 12
+    x = clustered_features(2, n, 5, dtype=DTYPES[seed % 3])
+    importance, mask = random_importance(2, n), some_mask(2, n)
+    picks = kernels.id_selection(x, importance, k, mask=mask)
+    wanted = lvtp.reference.id_selection(x, importance, k, mask=mask)
+    assert picks[1].tolist()[2:] == [-1] * (k - 2)
+    assert torch.equal(picks[1], wanted[1])
+    assert selection_shortfall(picks[:1], x[:1], importance[:1], mask[:1]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("n", [60, 4100])
+@pytest.mark.parametrize("value", [0.0, 0.3, torch.nan, torch.inf, -torch.inf])
+def test_id_selection_ties_go_to_the_lowest_index(n, value):
+    kernels.module().set_seed(3)
+    picks = kernels.id_selection(torch.ones(1, n, 3), torch.full((1, n), value), 5)
+    assert picks.tolist() == [[0, 1, 2, 3, 4]]
+
+
+def test_id_selection_of_bad_input(seed):
+    x, importance = hostile_features(50), random_importance(2, 50)
+    importance[0, :4] = torch.tensor([torch.nan, torch.inf, -torch.inf, torch.inf])
+    importance[1] = 3e38 * (torch.arange(50) % 3 - 1)  # the spread overflows
+    picks = kernels.id_selection(x, importance, 50)
+    assert selection_shortfall(picks, x, importance) <= TOLERANCE
+    assert picks[0, 0] in (1, 3)
+    assert picks[0, -1] == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------- psca
+
+
+def agreement(labels, loadings, x, groups, center):
+    """The share of tokens grouped as by float64 eigenvectors; the loadings of these must agree."""
+    shares = []
+    for image in range(len(x)):
+        wanted, wanted_loadings = oracle.psca(oracle.as_float64(x[image]), groups, center)
+        same = labels[image].numpy() == wanted
+        assert abs(loadings[image].numpy() - wanted_loadings)[same].max(initial=0.0) < 5e-3
+        shares.append(float(same.mean()))
+    return min(shares)
+
+
+@pytest.mark.parametrize(
+    ("n", "groups", "center"), [(1, 1, "feature"), (31, 4, "token"), (33, 33, "feature"), (90, 8, "feature")]
+)
+def test_psca_sizes(n, groups, center):
+    kernels.module().set_seed(n)
+    x = clustered_features(1, n, 64, seed=n, dtype=DTYPES[n % 3])
+    assert agreement(*kernels.psca(x, groups, center), x, groups, center) >= 0.95
+
+
+@pytest.mark.parametrize("center", ["feature", "token"])
+@pytest.mark.parametrize("groups", [4, 8, 16, 32, 48])
+@pytest.mark.parametrize("features", ["photograph", "clustered"])
+def test_psca_groups_like_float64(features, groups, center):
+    if (features, groups, center) != ("photograph", 8, "feature") and not os.environ.get("LVTP_EMULATION_ALL"):
+        pytest.skip("takes its time; LVTP_EMULATION_ALL=1 runs it")
+    kernels.module().set_seed(groups)
+    x = photograph_features() if features == "photograph" else clustered_features(1, 576, 128, groups, clusters=24)
+    assert agreement(*kernels.psca(x, groups, center), x, groups, center) >= 0.99
+
+
+@pytest.mark.parametrize("center", ["feature", "token"])
+def test_psca_of_bad_features_and_with_a_mask(center):
+    kernels.module().set_seed(3)
+    x = hostile_features(40)
+    x[0, 9] = 3.0  # a constant token is zero once centred over its features
+    mask = some_mask(2, 40)
+    mask[1] = True
+    labels, loadings = kernels.psca(x, 3, center, mask)
+    wanted_labels, wanted_loadings = lvtp.reference._psca(x, 3, center, mask)
+    assert_close(loadings, wanted_loadings, rtol=0, atol=1e-4)
+    assert ((loadings == 0) == (wanted_loadings == 0)).all()
+    assert (labels == wanted_labels).float().mean() > 0.95
+
+
+def test_psca_of_equal_tokens():
+    kernels.module().set_seed(0)
+    for value in (0.0, 1.0):
+        labels, loadings = kernels.psca(torch.full((1, 20, 5), value), 3, "token")
+        assert (labels == 0).all()
+        assert (loadings == 0).all()
+    x = clustered_features(1, 1, 16).expand(1, 20, 16)
+    labels, loadings = kernels.psca(x, 3)
+    assert (labels == 0).all()
+    assert_close(loadings, torch.full((1, 20), 20**-0.5), rtol=1e-4, atol=0)
+
+
+# ----------------------------------------------------------------------------------------------------------- prune_sid
+
+
+def assert_prunes_like_the_oracle(picks, x, scores, labels, n, reserved=0, mask=None):
+    compared = 0
+    for image in range(len(x)):
+        wanted, margin = oracle.prune_sid(
+            oracle.as_float64(x[image]), oracle.as_float64(scores[image]), labels[image].numpy(), n, reserved,
+            None if mask is None else mask[image].numpy(),
+        )  # fmt: skip
+        if margin > 1e-6:
+            assert picks[image].tolist() == wanted
+            compared += 1
+    assert compared > 0
+
+
+@pytest.mark.parametrize("tokens", SIZES)
+def test_prune_sid_sizes(seed, tokens):
+    n, reserved = (64, seed % 2) if tokens > 60 else (tokens + 2, 1)
+    groups = max(1, min(n // 4, tokens))
+    g = torch.Generator().manual_seed(tokens)
+    x = clustered_features(2, tokens, 24, seed=tokens, dtype=DTYPES[seed % 3])
+    scores = torch.rand(2, tokens, generator=g)
+    labels = (torch.rand(2, tokens, generator=g) ** 2 * groups).long()
+    picks = kernels.prune_sid(x, scores, n, reserved, labels=labels)
+    assert_prunes_like_the_oracle(picks, x, scores, labels, n, reserved)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "n", "reserved"), [(50, 12, 0), (50, 3, 2), (50, 40, 30), (50, 2**62, 5), (1100, 99, 1)]
+)
+def test_prune_sid_budgets_with_a_mask_and_bad_scores(tokens, n, reserved):
+    kernels.module().set_seed(n)
+    g = torch.Generator().manual_seed(tokens)
+    x, mask = clustered_features(3, tokens, 16, seed=1), some_mask(3, tokens)
+    scores = torch.randint(-1, 5, (3, tokens), generator=g).float()
+    scores[0, :9] = torch.tensor([torch.nan, torch.inf, -torch.inf] * 3)
+    groups = max(1, min(n // 4, tokens))
+    labels = torch.randint(0, min(groups, 9), (3, tokens), generator=g)
+    picks = kernels.prune_sid(x, scores, n, reserved, labels=labels, mask=mask)
+    assert_prunes_like_the_oracle(picks, x, scores, labels, n, reserved, mask)
+    far = torch.where(labels == groups - 1, labels + 1000, labels)  # counts as the nearest group
+    assert torch.equal(kernels.prune_sid(x, scores, n, reserved, labels=far, mask=mask), picks)
+
+
+def test_prune_sid_from_features_alone_and_with_more_groups_than_fit_in_shared_memory():
+    kernels.module().set_seed(1)
+    x = clustered_features(1, 120, 32, dtype=torch.bfloat16)
+    labels, loadings = kernels.psca(x, 6, "token")
+    picks = kernels.prune_sid(x, None, 25, 1, "token")
+    assert torch.equal(picks, kernels.prune_sid(x, loadings, 25, 1, labels=labels))
+    assert_prunes_like_the_oracle(picks, x, loadings, labels, 25, 1)
+    wide = clustered_features(1, 330, 16)
+    scores, each = random_importance(1, 330), torch.arange(330)[None] % 300
+    picks = kernels.prune_sid(wide, scores, 1200, 900, labels=each)
+    assert_prunes_like_the_oracle(picks, wide, scores, each, 1200, 900)
