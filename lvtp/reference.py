@@ -327,10 +327,14 @@ def dynamic_budget(features: Tensor, total: int, minimum: int = 1) -> Tensor:
     rounding down leaves over go to the largest remainders below N (ties: lowest index).
     """
     checks.dynamic_budget(features, total, minimum)
-    tokens = features.shape[1]
+    return shares(mean_similarity(features), features.shape[1], total, minimum)
+
+
+def shares(rho: Tensor, tokens: int, total: int, minimum: int) -> Tensor:
+    """`dynamic_budget` for images of `tokens` tokens whose mean similarity is rho, fp32 [B] -> int64 [B]."""
     # phi is 0 or at least 2^-24. Images with none take part with so little that no other share changes; they share
     # equally where nobody has any, and take what is left where all others are full.
-    phi = (1 - mean_similarity(features).double()).clamp_min(2.0**-100)
+    phi = (1 - rho.double()).clamp_min(2.0**-100)
     # The sum of clamp(lambda * phi, minimum, N) rises with lambda, whose logarithm 64 bisections bring to rounding.
     low, high = -64 * torch.ones_like(phi[:1]), 192 * torch.ones_like(phi[:1])
     for _ in range(64):
