@@ -159,6 +159,18 @@ def psca(features: Tensor, groups: int, center: str = "feature") -> tuple[Tensor
 
 def _psca(features: Tensor, groups: int, center: str, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """`psca` where padding, too, is left out: its rows of A are zero and it does not count in the means."""
+    a, usable = centred_sigmoid(features, center, mask)
+    gram = a @ a.mT
+    # LAPACK may not converge where few tokens differ: rounding leaves entries near zero that it compares with each
+    # other. Adding the mean eigenvalue to all of them changes no eigenvector and gives it something to compare with.
+    gram.diagonal(dim1=-2, dim2=-1).add_(gram.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True))
+    _, vectors = torch.linalg.eigh(gram)  # ascending, so the last columns are the principal ones
+    loadings, labels = vectors[..., -groups:].flip(-1).abs().max(-1)
+    return torch.where(usable, labels, 0), torch.where(usable, loadings, 0.0).float()
+
+
+def centred_sigmoid(features: Tensor, center: str, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The A of `psca`, fp32 values as float64 [B, N, D], and which of its rows are not zero, bool [B, N]."""
     x = features.float()
     valid = x.isfinite().all(-1) & _real(mask, x[..., 0])
     v = valid[..., None]
@@ -170,14 +182,7 @@ def _psca(features: Tensor, groups: int, center: str, mask: Tensor | None) -> tu
         mean = a.sum(1, keepdim=True, dtype=torch.float64) / v.sum(1, keepdim=True).clamp_min(1)
     # Rounded to fp32, the mean of equal values is that value: a constant token's row is zero, not a row of roundings.
     a = torch.where(v, a - mean.float(), 0.0).double()
-    valid = (a != 0).any(-1)
-    gram = a @ a.mT
-    # LAPACK may not converge where few tokens differ: rounding leaves entries near zero that it compares with each
-    # other. Adding the mean eigenvalue to all of them changes no eigenvector and gives it something to compare with.
-    gram.diagonal(dim1=-2, dim2=-1).add_(gram.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True))
-    _, vectors = torch.linalg.eigh(gram)  # ascending, so the last columns are the principal ones
-    loadings, labels = vectors[..., -groups:].flip(-1).abs().max(-1)
-    return torch.where(valid, labels, 0), torch.where(valid, loadings, 0.0).float()
+    return a, (a != 0).any(-1)
 
 
 @torch.no_grad()

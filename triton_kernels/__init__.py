@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 OPERATORS = (
     "cluster_nms", "cosine_similarity", "dynamic_budget", "greedy_suppression", "id_selection", "mean_similarity",
+    "prune_sid", "psca",
 )  # fmt: skip
 
 
