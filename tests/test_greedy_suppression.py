@@ -158,6 +158,7 @@ def test_batch_equals_single(backend, device):
     assert torch.equal(lvtp.greedy_suppression(scores, sim, 30), single)
 
 
+@pytest.mark.large
 def test_repeats_itself(backend, device):
     scores, sim = problem(2, 100, device=device)
     assert torch.equal(lvtp.greedy_suppression(scores, sim, 100), lvtp.greedy_suppression(scores, sim, 100))

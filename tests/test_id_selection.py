@@ -35,12 +35,14 @@ def test_replays(backend, device, dtype, n):
     assert shortfall(picks, x, s) <= TOLERANCE
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_replays_many_tokens(backend, device, dtype):
     x, s = clustered_features(1, 2881, dtype=dtype, device=device), random_importance(1, 2881, device=device)
     assert shortfall(lvtp.id_selection(x, s, 64), x, s) <= TOLERANCE
 
 
+@pytest.mark.large
 def test_replays_llava(backend, device):
     x, s = (
         clustered_features(1, 576, 1024, dtype=torch.float16, device=device),
@@ -49,6 +51,7 @@ def test_replays_llava(backend, device):
     assert shortfall(lvtp.id_selection(x, s, 192), x, s) <= TOLERANCE
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("noise", [0.0, 0.05])
 def test_replays_near_duplicates(backend, device, noise):
     x = clustered_features(2, 200, noise=noise, device=device)
@@ -166,6 +169,7 @@ def test_batch_equals_single(backend, device):
     assert torch.equal(lvtp.id_selection(x, s, 30), single)
 
 
+@pytest.mark.large
 def test_repeats_itself(backend, device):
     x, s = clustered_features(2, 300, device=device), random_importance(2, 300, device=device)
     assert torch.equal(lvtp.id_selection(x, s, 300), lvtp.id_selection(x, s, 300))

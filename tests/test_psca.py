@@ -74,6 +74,7 @@ def test_as_many_groups_as_tokens(backend, device, n, center):
     assert ((loadings >= 0) & (loadings <= 1 + 1e-6)).all()
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("value", [0.0, 0.3, 1.0, -2.5, 1e30, -1e30])
 @pytest.mark.parametrize("d", [1, 4, 7, 588])
 def test_nothing_is_left_once_centred(backend, device, value, d):
@@ -113,6 +114,7 @@ def test_no_token_is_finite(backend, device, center):
     assert (loadings == 0).all()
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("d", [2, 8, 64])
 def test_tokens_all_alike_beside_tokens_without_a_part(backend, device, d):
     """A blank image: the Gram matrix has rank one, on which an eigensolver in fp32 may give NaN or not converge."""
@@ -162,6 +164,7 @@ def test_batch_equals_single(backend, device):
         assert_close(loadings[image], single_loadings[0], rtol=0, atol=1e-4)
 
 
+@pytest.mark.large
 def test_repeats_itself(backend, device):
     x = clustered_features(2, 200, device=device)
     for a, b in zip(lvtp.psca(x, 16), lvtp.psca(x, 16), strict=True):
@@ -181,6 +184,7 @@ def test_empty_batch(backend, device, dtype):
     assert labels.shape == loadings.shape == (0, 5)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("center", ["feature", "token"])
 @pytest.mark.parametrize("groups", [64, 144])
 def test_many_groups(backend, device, groups, center):

@@ -106,8 +106,7 @@ def usage(compiled, target, folder):
     if target.backend == "hip":
         text = compiled.asm["amdgcn"]
         number = {key: int(value) for key, value in re.findall(r"\.(\w+_count|\w+_fixed_size):\s+(\d+)", text)}
-        stack = number["private_segment_fixed_size"] + number["vgpr_spill_count"] + number["sgpr_spill_count"]
-        return number["vgpr_count"], stack
+        return number["vgpr_count"], number["private_segment_fixed_size"] + number["vgpr_spill_count"]
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

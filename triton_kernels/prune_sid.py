@@ -44,12 +44,12 @@ def count_kernel(
 @triton.jit
 def take_kernel(
     score_ptr, label_ptr, kept_ptr,  # fp32, int64, bool [B, N]
-    quota_ptr,  # int64 [B, G]
+    quota_ptr,  # int32 [B, G]
     take_ptr,  # bool [B, N]
     n, groups, blocks,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A token is taken if fewer of its group than the quota go before it: kept ones first, then by score, then index."""
+    """A token is taken if fewer of its group than the quota go before it: kept ones first, then by score."""
     image = (tl.program_id(0) // blocks).to(tl.int64)
     score_ptr += image * n
     label_ptr += image * n
@@ -139,14 +139,15 @@ def prune_sid(
     kept = _kept(features, scores, labels, n, mask)
 
     count = torch.zeros((b, 2, groups), dtype=torch.int32, device=features.device)
-    quota = torch.empty((b, groups), dtype=torch.int64, device=features.device)
+    quota = torch.empty((b, groups), dtype=torch.int32, device=features.device)
     take = torch.empty_like(kept)
     count_kernel[(triton.cdiv(b * tokens, 256),)](labels, kept, count, b * tokens, tokens, groups, BLOCK=256)
     patches = min(n - reserved, PLENTY)
     budget = min(n - patches, PLENTY) + patches
+    width = common.block_of(groups, 2**20)
     quotas_kernel[(b,)](
-        count, quota, groups, budget, budget - patches, places, 5 * -(-budget // 64), GROUPS=common.block_of(groups, 2**20),
-        enable_fp_fusion=False,
+        count, quota, groups, budget, budget - patches, places, min(5 * -(-budget // 64), tokens),
+        GROUPS=width, num_warps=min(16, max(1, width // 128)), enable_fp_fusion=False,
     )  # fmt: skip
     block = common.block_of(tokens, common.TILE)
     blocks = triton.cdiv(tokens, block)

@@ -34,14 +34,14 @@ def _hand_out(amount, room, rank, highest, LAST_FIRST: tl.constexpr):
 @triton.jit
 def quotas_kernel(
     count_ptr,  # int32 [B, 2, G]: tokens, and tokens kept, of each group
-    quota_ptr,  # int64 [B, G]
+    quota_ptr,  # int32 [B, G]
     groups, n, reserved, places, cap,
     GROUPS: tl.constexpr,
 ):  # fmt: skip
     image = tl.program_id(0).to(tl.int64)
     g = tl.arange(0, GROUPS)
-    size = tl.load(count_ptr + image * 2 * groups + g, mask=g < groups, other=0).to(tl.int64)
-    kept = tl.load(count_ptr + (image * 2 + 1) * groups + g, mask=g < groups, other=0).to(tl.int64)
+    size = tl.load(count_ptr + image * 2 * groups + g, mask=g < groups, other=0)
+    kept = tl.load(count_ptr + (image * 2 + 1) * groups + g, mask=g < groups, other=0)
 
     # Bounds. One token at least of every group that has any; at most what NMS kept, and `cap`, raised by one in every
     # group at once until the budget fits or nothing is left.
@@ -52,7 +52,7 @@ def quotas_kernel(
         up = tl.minimum(up + 1, size)
         total = tl.sum(up, 0)
 
-    # Shares of the rest by what NMS kept. In fp64 the sums of these fp32 numbers are exact, as is each one's predecessor.
+    # Shares of the rest by what NMS kept. In fp64 the sums of these fp32 numbers are exact, what precedes each too.
     rest = tl.maximum(n - tl.sum(low, 0) - reserved, 0).to(tl.float32)
     sum_kept = tl.maximum(tl.sum(kept, 0), 1).to(tl.float32)
     ratio = tl.div_rn(kept.to(tl.float32), tl.zeros((GROUPS,), tl.float32) + sum_kept)
@@ -60,7 +60,7 @@ def quotas_kernel(
     before = running - ratio.to(tl.float64)
     share = _round_half_even(running.to(tl.float32) * rest).to(tl.int64)
     share -= _round_half_even(before.to(tl.float32) * rest).to(tl.int64)
-    quota = tl.minimum(low + share, up)
+    quota = tl.minimum(low + share, up).to(tl.int32)
 
     # What is missing, group by group, most kept first; or what is too much, in the reverse order.
     target = tl.minimum(most, places)
