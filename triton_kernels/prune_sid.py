@@ -151,6 +151,6 @@ def prune_sid(
     )  # fmt: skip
     block = common.block_of(tokens, common.TILE)
     blocks = triton.cdiv(tokens, block)
-    take_kernel[(b * blocks,)](scores, labels, kept, quota, take, tokens, groups, blocks, BLOCK=block)
+    take_kernel[(b * blocks,)](scores, labels, kept, quota, take, tokens, groups, blocks, BLOCK=block, num_warps=8)
     ascending_kernel[(b,)](take, picks, tokens, places, BLOCK=common.block_of(tokens, 1024))
     return picks

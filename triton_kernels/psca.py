@@ -87,6 +87,13 @@ def orthogonal_rows_kernel(
         sweep += 1
 
 
+def orthogonalise_rows(x: Tensor) -> None:
+    """x fp64 [B, M, 2M], contiguous, any [M, M] beside the identity, in place: see the kernel."""
+    b, m, _ = x.shape
+    pairs = block_of((m + 1) // 2, 2**20)
+    orthogonal_rows_kernel[(b,)](x, m, PAIRS=pairs, CHUNK=max(1, 2048 // pairs), SWEEPS=30, num_warps=8)
+
+
 def _gram(a: Tensor) -> Callable[[Tensor], Tensor]:
     """The product with A A^T / trace + 1e-6, A fp64 [B, N, D]; the matrix itself only where it saves work.
 
@@ -140,8 +147,7 @@ def components(a: Tensor, groups: int) -> Tensor:
     small = y.mT @ multiply(y)
     factor, _ = torch.linalg.cholesky_ex((small + small.mT) / 2)
     x = torch.cat([factor, torch.eye(m, dtype=a.dtype, device=a.device).expand(b, m, m)], 2)  # [B, M, 2M]
-    pairs = block_of((m + 1) // 2, 2**20)
-    orthogonal_rows_kernel[(b,)](x, m, PAIRS=pairs, CHUNK=max(1, 2048 // pairs), SWEEPS=30, num_warps=8)
+    orthogonalise_rows(x)
     eigenvalues, rotation = x[..., :m].square().sum(2), x[..., m:]
     order = eigenvalues.argsort(dim=1, descending=True, stable=True)[:, :groups, None].expand(b, groups, m)
     return rotation.gather(1, order) @ y.mT
