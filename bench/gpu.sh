@@ -28,4 +28,4 @@ stage() { # name, seconds, command...
 stage build 240 "$PYTHON" -m pip install --no-build-isolation --no-deps -e .
 stage info 60 "$PYTHON" -c "import lvtp, pprint; pprint.pprint(lvtp.build_info())"
 stage test 240 "$PYTHON" -m pytest -q -m gpu tests --ignore=tests/hf --ignore=tests/test_demo.py
-stage bench 180 "$PYTHON" -m pytest bench -q --benchmark-only --benchmark-json="$results/ops.json"
+stage bench 240 "$PYTHON" -m pytest bench -q --benchmark-only --benchmark-json="$results/ops.json"
