@@ -37,4 +37,4 @@ if command -v compute-sanitizer >/dev/null; then
     stage "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 1 "$PYTHON" "${small[@]}"
   done
 fi
-stage bench 180 "$PYTHON" -m pytest bench -q --benchmark-only --benchmark-json="$results/ops.json"
+stage bench 240 "$PYTHON" -m pytest bench -q --benchmark-only --benchmark-json="$results/ops.json"

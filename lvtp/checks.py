@@ -89,7 +89,9 @@ def mean_similarity(features: Tensor, mask: Tensor | None = None) -> None:
     check_mask("mean_similarity", mask, features)
 
 
-def greedy_suppression(scores: Tensor, similarity: Tensor, k: int, gamma: float, mask: Tensor | None = None) -> None:
+def greedy_suppression(
+    scores: Tensor, similarity: Tensor, k: int, gamma: float = 20.0, mask: Tensor | None = None
+) -> None:
     op = "greedy_suppression"
     check_scores(op, "scores", scores)
     n = scores.shape[1]
@@ -112,13 +114,13 @@ def cluster_nms(
     check_mask(op, mask, scores)
 
 
-def psca(features: Tensor, groups: int, center: str) -> None:
+def psca(features: Tensor, groups: int, center: str = "feature") -> None:
     check_features("psca", features)
     check_count("psca", "groups", groups, 1, features.shape[1])
     check_center("psca", center)
 
 
-def id_selection(features: Tensor, importance: Tensor, k: int, gamma: float, mask: Tensor | None = None) -> None:
+def id_selection(features: Tensor, importance: Tensor, k: int, gamma: float = 20.0, mask: Tensor | None = None) -> None:
     op = "id_selection"
     check_features(op, features)
     check_companion(op, "importance", importance, features, (features.shape[0], features.shape[1]), "float")

@@ -5,18 +5,19 @@ the package (`lvtp.id_selection`, ...) call those, unless `use_backend` asks for
 """
 
 import contextlib
+import functools
 import json
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lvtp import checks, reference
+from lvtp import checks, chips, reference, triton_kernels
 
 BACKENDS = ("auto", "native", "triton", "reference")
 TORCH_FLOOR = "2.10"
@@ -57,6 +58,10 @@ def _load_cuda_library(library: Path) -> None:
         _missing["native_cuda"] = "built without nvcc: liblvtp_cuda was not compiled"
     elif torch.version.cuda is None:
         _missing["native_cuda"] = f"torch {torch.__version__} is built without CUDA"
+    elif (found := chips.capabilities()) and not any(chips.runs_on(_built()["cuda_architectures"], c) for c in found):
+        here = ", ".join(f"sm_{major}{minor}" for major, minor in found)
+        built = ", ".join(_built()["cuda_architectures"])
+        _missing["native_cuda"] = f"liblvtp_cuda was built for {built}, this machine has {here}"
     else:
         try:
             torch.ops.load_library(library)
@@ -64,21 +69,32 @@ def _load_cuda_library(library: Path) -> None:
             _missing["native_cuda"] = f"liblvtp_cuda does not load: {error}"
 
 
-def _load_triton_kernels() -> dict:
-    try:
-        import triton  # noqa: F401
-    except ImportError as error:
-        _missing["triton"] = f"triton does not import ({error}). Remedy: pip install triton"
-        return {}
-    from lvtp.triton_kernels import KERNELS
+def _built() -> dict:
+    """What the build wrote down about itself."""
+    return json.loads((_LIBRARIES / "build.json").read_text())
 
-    if not KERNELS:
-        _missing["triton"] = "this version of lvtp has no Triton kernels yet"
-    return KERNELS
+
+@functools.cache
+def _triton_trouble() -> str:
+    """Why no Triton kernel can run here; empty if they can. Imports Triton (0.1 s), so only asked when it matters."""
+    try:
+        import triton
+    except Exception as error:  # a broken installation raises anything
+        return f"triton does not import ({error}). Remedy: pip install triton"
+    try:
+        for name in triton_kernels.OPERATORS:
+            triton_kernels.launcher(name)
+        if not triton.knobs.runtime.interpret:
+            triton.runtime.driver.active  # noqa: B018  # builds its launcher: needs a GPU and a C compiler
+    except Exception as error:
+        return f"triton {triton.__version__} cannot run here ({error})"
+    return ""
 
 
 _load_libraries()
-_triton_kernels = _load_triton_kernels()
+_compiled_for_cuda = frozenset(
+    name for name in OPS if torch._C._dispatch_has_kernel_for_dispatch_key(f"lvtp::{name}", "CUDA")
+)
 
 
 # ------------------------------------------------------------------------------------------------------- backends
@@ -90,11 +106,17 @@ def _known(backend: str, source: str) -> str:
     return backend
 
 
+def _constant_when_traced(function: Callable) -> Callable:
+    """`torch.compiler.assume_constant_result`, all that it does, without importing torch._dynamo and Triton (0.8 s)."""
+    function._dynamo_marked_constant = True
+    return function
+
+
 _default_backend = _known(os.environ.get("LVTP_BACKEND") or "auto", "LVTP_BACKEND")
 _backend: ContextVar[str] = ContextVar("lvtp_backend", default=_default_backend)
 
 
-@torch.compiler.assume_constant_result  # a compiled function keeps the backend in force when it was traced
+@_constant_when_traced  # a compiled function keeps the backend in force when it was traced
 def _backend_in_force() -> str:
     return _backend.get()
 
@@ -123,9 +145,10 @@ def call(name: str, *args, overload: str = "default"):
     if backend == "reference":
         return getattr(reference, name)(*args)
     if backend == "triton":
-        if name not in _triton_kernels:
-            raise RuntimeError(f'backend "triton" cannot run {name}: {_missing.get("triton", "it has no such kernel")}')
-        return _triton_kernels[name](*args)
+        device = args[0].device.type
+        if why := _triton_refuses(name, device):
+            raise RuntimeError(f'backend "triton" cannot run {name} on {device}: {why}')
+        return getattr(getattr(torch.ops.lvtp_triton, name), overload)(*args)
     if backend == "native":
         device = args[0].device.type
         if not _has_kernel(name, device):
@@ -134,10 +157,21 @@ def call(name: str, *args, overload: str = "default"):
     return getattr(getattr(torch.ops.lvtp, name), overload)(*args)
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_traced
 def _has_kernel(name: str, device: str) -> bool:
-    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
-    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"lvtp::{name}", key)
+    return device == "cpu" or (device == "cuda" and name in _compiled_for_cuda)
+
+
+@_constant_when_traced
+def _triton_refuses(name: str, device: str) -> str:
+    """Why Triton cannot run this operator on this kind of device; empty if it can."""
+    if name not in triton_kernels.OPERATORS:
+        return "it has no such kernel"
+    if trouble := _triton_trouble():
+        return trouble
+    if device == "cuda" or (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return ""
+    return "Triton compiles for GPUs; on the CPU its interpreter runs kernels, if TRITON_INTERPRET=1 from the start"
 
 
 def build_info() -> dict:
@@ -148,75 +182,116 @@ def build_info() -> dict:
     """
     from lvtp import __version__
 
-    built = json.loads((_LIBRARIES / "build.json").read_text())
+    why_not = {**_missing, **({"triton": _triton_trouble()} if _triton_trouble() else {})}
     return {
         "version": __version__,
         "torch": torch.__version__,
         "torch_required": f">={TORCH_FLOOR}",
         "python": platform.python_version(),
         "platform": platform.platform(),
-        **built,
+        **_built(),
         "backends": {
-            name: _missing.get(name, "loaded") for name in ("native_cpu", "native_cuda", "triton", "reference")
+            name: why_not.get(name, "loaded") for name in ("native_cpu", "native_cuda", "triton", "reference")
         },
     }
 
 
 # -------------------------------------------------------------------- what every device and every tracer falls back to
 
+OVERLOADS = (*OPS, "cluster_nms.per_image")
 _fallback = torch.library.Library("lvtp", "FRAGMENT")
-for _name in OPS:
-    _fallback.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
-_fallback.impl("cluster_nms.per_image", reference.cluster_nms, "CompositeExplicitAutograd")
+for _name in OVERLOADS:
+    _fallback.impl(_name, getattr(reference, _name.split(".")[0]), "CompositeExplicitAutograd")
+
+# The Triton kernels as operators of their own, so that a call of them is one node to a tracer, and `use_backend`
+# reaches them where "auto" takes the compiled ones. On a 2-core x86 a call of a stub by way of `define` and `impl` took
+# 3.8 us, of `custom_op` 8.2 us, of `triton_op` 10.0 us (torch 2.13).
+_triton = torch.library.Library("lvtp_triton", "DEF")
 
 
-@torch.library.register_fake("lvtp::cosine_similarity")
+def _triton_kernel(name: str) -> Callable:
+    return lambda *args: triton_kernels.launcher(name)(*args)
+
+
+def _without_compiled_kernel(name: str) -> Callable:
+    """What CUDA tensors run on by themselves. Triton first: nothing has been measured yet that says otherwise."""
+
+    def run(*args):
+        if _triton_refuses(name, "cuda"):
+            return getattr(reference, name)(*args)
+        return triton_kernels.launcher(name)(*args)
+
+    return run
+
+
+for _name in OVERLOADS:
+    _packet, _, _overload = _name.partition(".")
+    _triton.define(
+        str(getattr(getattr(torch.ops.lvtp, _packet), _overload or "default")._schema).removeprefix("lvtp::")
+    )
+    if _packet in triton_kernels.OPERATORS:
+        for _key in ("CPU", "CUDA"):  # on the CPU in Triton's interpreter
+            _triton.impl(_name, _triton_kernel(_packet), _key)
+        if _packet not in _compiled_for_cuda:
+            _fallback.impl(_name, _without_compiled_kernel(_packet), "CUDA")
+
+
+def _register_fake(name: str) -> Callable:
+    def register(fake: Callable) -> Callable:
+        for namespace in ("lvtp", "lvtp_triton"):
+            torch.library.register_fake(f"{namespace}::{name}", fake)
+        return fake
+
+    return register
+
+
+@_register_fake("cosine_similarity")
 def _(features):
     checks.cosine_similarity(features)
     b, n, _ = features.shape
     return features.new_empty((b, n, n), dtype=torch.float32)
 
 
-@torch.library.register_fake("lvtp::mean_similarity")
+@_register_fake("mean_similarity")
 def _(features, mask=None):
     checks.mean_similarity(features, mask)
     return features.new_empty((features.shape[0],), dtype=torch.float32)
 
 
-@torch.library.register_fake("lvtp::greedy_suppression")
+@_register_fake("greedy_suppression")
 def _(scores, similarity, k, gamma=20.0, mask=None):
     checks.greedy_suppression(scores, similarity, k, gamma, mask)
     return scores.new_empty((scores.shape[0], k), dtype=torch.int64)
 
 
-@torch.library.register_fake("lvtp::cluster_nms")
-@torch.library.register_fake("lvtp::cluster_nms.per_image")
+@_register_fake("cluster_nms")
+@_register_fake("cluster_nms.per_image")
 def _(scores, labels, similarity, threshold, mask=None):
     checks.cluster_nms(scores, labels, similarity, threshold, mask)
     return scores.new_empty(tuple(scores.shape), dtype=torch.bool)
 
 
-@torch.library.register_fake("lvtp::psca")
+@_register_fake("psca")
 def _(features, groups, center="feature"):
     checks.psca(features, groups, center)
     shape = tuple(features.shape[:2])
     return features.new_empty(shape, dtype=torch.int64), features.new_empty(shape, dtype=torch.float32)
 
 
-@torch.library.register_fake("lvtp::id_selection")
+@_register_fake("id_selection")
 def _(features, importance, k, gamma=20.0, mask=None):
     checks.id_selection(features, importance, k, gamma, mask)
     return features.new_empty((features.shape[0], k), dtype=torch.int64)
 
 
-@torch.library.register_fake("lvtp::prune_sid")
+@_register_fake("prune_sid")
 def _(features, importance, n, reserved=0, center="feature", labels=None, mask=None):
     checks.prune_sid(features, importance, n, reserved, center, labels, mask)
     b, tokens, _ = features.shape
     return features.new_empty((b, torch.sym_min(n - reserved, tokens)), dtype=torch.int64)
 
 
-@torch.library.register_fake("lvtp::dynamic_budget")
+@_register_fake("dynamic_budget")
 def _(features, total, minimum=1):
     checks.dynamic_budget(features, total, minimum)
     return features.new_empty((features.shape[0],), dtype=torch.int64)
@@ -226,7 +301,8 @@ def _refuse_backward(name: str, instead: str) -> None:
     def backward(_ctx, *_grads):
         raise RuntimeError(f"lvtp.{name} is not differentiable: {instead}")
 
-    torch.library.register_autograd(f"lvtp::{name}", backward)
+    for namespace in ("lvtp", "lvtp_triton"):
+        torch.library.register_autograd(f"{namespace}::{name}", backward)
 
 
 # Indices carry no gradient, so the selectors need no word here: gather the features with them, and it flows.

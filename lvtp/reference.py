@@ -159,6 +159,18 @@ def psca(features: Tensor, groups: int, center: str = "feature") -> tuple[Tensor
 
 def _psca(features: Tensor, groups: int, center: str, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """`psca` where padding, too, is left out: its rows of A are zero and it does not count in the means."""
+    a, usable = centred_sigmoid(features, center, mask)
+    gram = a @ a.mT
+    # LAPACK may not converge where few tokens differ: rounding leaves entries near zero that it compares with each
+    # other. Adding the mean eigenvalue to all of them changes no eigenvector and gives it something to compare with.
+    gram.diagonal(dim1=-2, dim2=-1).add_(gram.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True))
+    _, vectors = torch.linalg.eigh(gram)  # ascending, so the last columns are the principal ones
+    loadings, labels = vectors[..., -groups:].flip(-1).abs().max(-1)
+    return torch.where(usable, labels, 0), torch.where(usable, loadings, 0.0).float()
+
+
+def centred_sigmoid(features: Tensor, center: str, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The A of `psca`, fp32 values as float64 [B, N, D], and which of its rows are not zero, bool [B, N]."""
     x = features.float()
     valid = x.isfinite().all(-1) & _real(mask, x[..., 0])
     v = valid[..., None]
@@ -170,14 +182,7 @@ def _psca(features: Tensor, groups: int, center: str, mask: Tensor | None) -> tu
         mean = a.sum(1, keepdim=True, dtype=torch.float64) / v.sum(1, keepdim=True).clamp_min(1)
     # Rounded to fp32, the mean of equal values is that value: a constant token's row is zero, not a row of roundings.
     a = torch.where(v, a - mean.float(), 0.0).double()
-    valid = (a != 0).any(-1)
-    gram = a @ a.mT
-    # LAPACK may not converge where few tokens differ: rounding leaves entries near zero that it compares with each
-    # other. Adding the mean eigenvalue to all of them changes no eigenvector and gives it something to compare with.
-    gram.diagonal(dim1=-2, dim2=-1).add_(gram.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True))
-    _, vectors = torch.linalg.eigh(gram)  # ascending, so the last columns are the principal ones
-    loadings, labels = vectors[..., -groups:].flip(-1).abs().max(-1)
-    return torch.where(valid, labels, 0), torch.where(valid, loadings, 0.0).float()
+    return a, (a != 0).any(-1)
 
 
 @torch.no_grad()
@@ -327,10 +332,14 @@ def dynamic_budget(features: Tensor, total: int, minimum: int = 1) -> Tensor:
     rounding down leaves over go to the largest remainders below N (ties: lowest index).
     """
     checks.dynamic_budget(features, total, minimum)
-    tokens = features.shape[1]
+    return shares(mean_similarity(features), features.shape[1], total, minimum)
+
+
+def shares(rho: Tensor, tokens: int, total: int, minimum: int) -> Tensor:
+    """`dynamic_budget` for images of `tokens` tokens whose mean similarity is rho, fp32 [B] -> int64 [B]."""
     # phi is 0 or at least 2^-24. Images with none take part with so little that no other share changes; they share
     # equally where nobody has any, and take what is left where all others are full.
-    phi = (1 - mean_similarity(features).double()).clamp_min(2.0**-100)
+    phi = (1 - rho.double()).clamp_min(2.0**-100)
     # The sum of clamp(lambda * phi, minimum, N) rises with lambda, whose logarithm 64 bisections bring to rounding.
     low, high = -64 * torch.ones_like(phi[:1]), 192 * torch.ones_like(phi[:1])
     for _ in range(64):

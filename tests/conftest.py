@@ -8,17 +8,70 @@ import torch
 
 import lvtp
 
-BACKENDS = ("native", "reference")
+# Triton reads TRITON_INTERPRET when it defines a kernel, so the CPU's turn is a process of its own (test_triton.py).
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+BACKENDS = ("triton",) if INTERPRETED else ("native", "reference", "triton")
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-DEVICES = ("cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU]))
+DEVICES = ("cpu",) if INTERPRETED else ("cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU]))
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SMALL = 70  # tokens; what the interpreter is given
 
 # A small, repeatable number of random cases by default; LVTP_HYPOTHESIS_EXAMPLES=10000 looks for new ones.
 _examples = os.environ.get("LVTP_HYPOTHESIS_EXAMPLES")
 hypothesis.settings.register_profile(
-    "lvtp", max_examples=int(_examples or 100), derandomize=_examples is None, deadline=None, print_blob=True
+    "lvtp",
+    max_examples=int(_examples or (4 if INTERPRETED else 100)),
+    derandomize=_examples is None,
+    deadline=None,
+    print_blob=True,
 )
 hypothesis.settings.load_profile("lvtp")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Triton serves the CPU only in its interpreter, which is slow: there, what it serves, at small sizes."""
+
+    def wanted(item):
+        if not hasattr(item, "callspec"):
+            return not INTERPRETED
+        params = item.callspec.params
+        triton = "triton" in (params.get("backend"), params.get("name"))
+        if not INTERPRETED:
+            return not triton or params.get("device") == "cuda"
+        if item.get_closest_marker("large") or params.get("hostile", "strided") != "strided":
+            return False
+        if params.get("dtype", torch.float32) != torch.float32 and item.path.stem != "test_cosine_similarity":
+            return False  # that kernel is the one that tells them apart
+        sizes = [v for k, v in params.items() if k in ("n", "tokens") and type(v) is int]
+        return triton and max(sizes, default=0) <= SMALL and params.get("groups", 0) <= 4
+
+    dropped = [item for item in items if not wanted(item)]
+    items[:] = [item for item in items if wanted(item)]
+    config.hook.pytest_deselected(items=dropped)
+
+
+@pytest.fixture(autouse=INTERPRETED)
+def small_blocks(monkeypatch):
+    """So that loops over blocks take several turns at the sizes an interpreter can do."""
+    from lvtp.triton_kernels import common
+
+    for name, size in {"BLOCK": 32, "TILE": 16, "DEPTH": 16}.items():
+        monkeypatch.setattr(common, name, size)
+
+
+if INTERPRETED:
+    from triton.runtime.interpreter import InterpretedFunction
+
+    # Triton patches its language again at every call of one kernel's function by another, which takes half of the time;
+    # for functions that see the same names as the kernel, the patch that came with the launch holds.
+    _patch_and_call = InterpretedFunction.__call__
+
+    def _call(self, *args, **kwargs):
+        if self.fn.__module__.startswith("lvtp."):
+            return self.rewrite()(*args, **kwargs)
+        return _patch_and_call(self, *args, **kwargs)
+
+    InterpretedFunction.__call__ = _call
 
 
 @pytest.fixture(params=DEVICES)

@@ -42,6 +42,7 @@ def test_the_problems_above_have_something_to_suppress():
     assert 0.05 < share < 0.95
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("threshold_dtype", [torch.float32, torch.float64, torch.float16])
 def test_a_threshold_for_each_image(backend, device, threshold_dtype):
     scores, labels, sim = problem(3, 65, device=device)
@@ -131,6 +132,7 @@ def test_mask(backend, device):
     assert torch.equal(lvtp.cluster_nms(scores, labels, sim, 0.3, mask), kept)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("score_dtype", [torch.float64, torch.float16, torch.bfloat16])
 def test_every_floating_dtype(backend, device, score_dtype):
     scores, labels, sim = problem(2, 40, device=device)
@@ -147,6 +149,7 @@ def test_views(backend, device, hostile):
     assert torch.equal(kept, lvtp.cluster_nms(scores, labels, sim, tau, mask))
 
 
+@pytest.mark.large
 def test_batch_equals_single(backend, device):
     batch = problem(3, 65, device=device)
     single = torch.cat([lvtp.cluster_nms(*(t[None] for t in image), 0.3) for image in zip(*batch, strict=True)])

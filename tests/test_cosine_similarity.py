@@ -17,6 +17,7 @@ def test_equals_the_oracle(backend, device, dtype, n):
     assert_close(sim.cpu().double(), wanted, rtol=0, atol=2e-6)
 
 
+@pytest.mark.large
 def test_accumulates_many_features_in_fp32(backend, device):
     x = clustered_features(1, 33, 3584, dtype=torch.float16, device=device)
     wanted = torch.from_numpy(oracle.similarity(oracle.as_float64(x)[0]))
@@ -60,6 +61,7 @@ def test_batch_equals_single(backend, device):
     assert_close(lvtp.cosine_similarity(x), single, rtol=0, atol=1e-6)
 
 
+@pytest.mark.large
 def test_repeats_itself(backend, device):
     x = clustered_features(2, 100, device=device)
     assert torch.equal(lvtp.cosine_similarity(x), lvtp.cosine_similarity(x))

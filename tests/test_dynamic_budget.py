@@ -37,6 +37,7 @@ def test_follows_the_shares(backend, device, total):
     check(lvtp.dynamic_budget(x, total), x, total)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("minimum", [0, 1, 7, 100])
 def test_minimum(backend, device, minimum):
     x = images(5, 100, device=device)
@@ -44,6 +45,7 @@ def test_minimum(backend, device, minimum):
         check(lvtp.dynamic_budget(x, total, minimum), x, total, minimum)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("b", [1, 2, 33, 64])
 @pytest.mark.parametrize("tokens", [1, 2, 31])
 def test_every_total(backend, device, b, tokens):
@@ -53,6 +55,7 @@ def test_every_total(backend, device, b, tokens):
             check(lvtp.dynamic_budget(x, total), x, total)
 
 
+@pytest.mark.large
 def test_proportional_where_no_bound_is_reached(backend, device):
     x = images(4, 576, device=device)
     budget = lvtp.dynamic_budget(x, 512)
@@ -97,11 +100,13 @@ def test_features_without_direction(backend, device, dtype, bad):
     check(lvtp.dynamic_budget(x, 40), x, 40)
 
 
+@pytest.mark.large
 def test_a_photograph_against_a_blank_page(backend, device):
     x = torch.cat([photograph_features(), torch.ones(1, 576, 588)]).to(device)
     assert lvtp.dynamic_budget(x, 128).tolist() == [127, 1]
 
 
+@pytest.mark.large
 def test_views(backend, device, dtype, hostile):
     x = images(4, 33, device=device).to(dtype)
     assert torch.equal(lvtp.dynamic_budget(hostile(x), 50), lvtp.dynamic_budget(x, 50))

@@ -30,6 +30,7 @@ def test_replays(backend, device, n):
     assert shortfall(picks, scores, sim) <= TOLERANCE
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 20.0, 1e4, 1e300])
 def test_gamma(backend, device, gamma):
     scores, sim = problem(2, 65, device=device)
@@ -81,6 +82,7 @@ def test_scores_never_rise_and_exhausted_tokens_keep_their_order(backend, device
     assert lvtp.greedy_suppression(scores, torch.ones(1, 4, 4, device=device), 4).tolist() == [[3, 1, 2, 0]]
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("k", [1, 2, 32, 64])
 def test_prefix(backend, device, k):
     scores, sim = problem(2, 65, device=device)
@@ -152,12 +154,14 @@ def test_expanded_inputs(backend, device):
     assert torch.equal(picks, lvtp.greedy_suppression(scores, sim, 10).expand(3, 10))
 
 
+@pytest.mark.large
 def test_batch_equals_single(backend, device):
     scores, sim = problem(3, 65, device=device)
     single = torch.cat([lvtp.greedy_suppression(s[None], r[None], 30) for s, r in zip(scores, sim, strict=True)])
     assert torch.equal(lvtp.greedy_suppression(scores, sim, 30), single)
 
 
+@pytest.mark.large
 def test_repeats_itself(backend, device):
     scores, sim = problem(2, 100, device=device)
     assert torch.equal(lvtp.greedy_suppression(scores, sim, 100), lvtp.greedy_suppression(scores, sim, 100))

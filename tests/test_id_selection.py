@@ -30,12 +30,14 @@ def test_replays(backend, device, dtype, n):
     assert shortfall(picks, x, s) <= TOLERANCE
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_replays_many_tokens(backend, device, dtype):
     x, s = clustered_features(1, 2881, dtype=dtype, device=device), random_importance(1, 2881, device=device)
     assert shortfall(lvtp.id_selection(x, s, 64), x, s) <= TOLERANCE
 
 
+@pytest.mark.large
 def test_replays_llava(backend, device):
     x, s = (
         clustered_features(1, 576, 1024, dtype=torch.float16, device=device),
@@ -44,6 +46,7 @@ def test_replays_llava(backend, device):
     assert shortfall(lvtp.id_selection(x, s, 192), x, s) <= TOLERANCE
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("noise", [0.0, 0.05])
 def test_replays_near_duplicates(backend, device, noise):
     x = clustered_features(2, 200, noise=noise, device=device)
@@ -57,6 +60,7 @@ def test_gamma(backend, device, gamma):
     assert shortfall(lvtp.id_selection(x, s, 32, gamma), x, s, gamma) <= TOLERANCE
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("n", [1, 2, 33, 577])
 @pytest.mark.parametrize("value", [0.0, 0.25, 1.0, torch.nan, torch.inf, -torch.inf])
 def test_ties_go_to_the_lowest_index(backend, device, n, value):
@@ -98,6 +102,7 @@ def test_importance_whose_range_overflows(backend, device):
     assert lvtp.id_selection(torch.eye(4, device=device)[None], s, 4).tolist() == [[1, 3, 2, 0]]
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, 0.0])
 def test_features_without_direction(backend, device, dtype, bad):
     x, s = clustered_features(2, 40, dtype=dtype, device=device), random_importance(2, 40, device=device)
@@ -109,17 +114,20 @@ def test_features_without_direction(backend, device, dtype, bad):
     assert torch.equal(picks[1], s[1].argsort(descending=True, stable=True))
 
 
+@pytest.mark.large
 def test_huge_features(backend, device):
     x, s = clustered_features(2, 65, device=device), random_importance(2, 65, device=device)
     assert torch.equal(lvtp.id_selection(x * 1e30, s, 32), lvtp.id_selection(x, s, 32))
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("k", [1, 2, 17, 64])
 def test_prefix(backend, device, k):
     x, s = clustered_features(2, 65, device=device), random_importance(2, 65, device=device)
     assert torch.equal(lvtp.id_selection(x, s, k), lvtp.id_selection(x, s, 65)[:, :k])
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("importance_dtype", [torch.float64, torch.float16, torch.bfloat16])
 def test_importance_of_every_floating_dtype(backend, device, importance_dtype):
     x, s = clustered_features(2, 40, device=device), random_importance(2, 40, device=device).to(importance_dtype)
@@ -155,12 +163,14 @@ def test_views(backend, device, dtype, hostile):
     assert torch.equal(lvtp.id_selection(hostile(x), hostile(s), 20, mask=hostile(mask)), wanted)
 
 
+@pytest.mark.large
 def test_batch_equals_single(backend, device):
     x, s = clustered_features(3, 129, device=device), random_importance(3, 129, device=device)
     single = torch.cat([lvtp.id_selection(a[None], b[None], 30) for a, b in zip(x, s, strict=True)])
     assert torch.equal(lvtp.id_selection(x, s, 30), single)
 
 
+@pytest.mark.large
 def test_repeats_itself(backend, device):
     x, s = clustered_features(2, 300, device=device), random_importance(2, 300, device=device)
     assert torch.equal(lvtp.id_selection(x, s, 300), lvtp.id_selection(x, s, 300))
@@ -173,6 +183,7 @@ def test_backends_agree(device):
     assert torch.equal(lvtp.id_selection(x, s, 64), wanted)
 
 
+@pytest.mark.large
 def test_autocast_changes_nothing(backend, device):
     x, s = clustered_features(2, 129, device=device), random_importance(2, 129, device=device)
     with torch.autocast(device, dtype=torch.bfloat16):

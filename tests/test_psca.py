@@ -74,6 +74,7 @@ def test_as_many_groups_as_tokens(backend, device, n, center):
     assert ((loadings >= 0) & (loadings <= 1 + 1e-6)).all()
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("value", [0.0, 0.3, 1.0, -2.5, 1e30, -1e30])
 @pytest.mark.parametrize("d", [1, 4, 7, 588])
 def test_nothing_is_left_once_centred(backend, device, value, d):
@@ -91,6 +92,7 @@ def test_nothing_is_left_once_centred(backend, device, value, d):
         assert (loadings[0, rows] == 0).all()
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("center", ["feature", "token"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_tokens_that_are_not_finite_have_no_part(backend, device, center, bad):
@@ -113,6 +115,7 @@ def test_no_token_is_finite(backend, device, center):
     assert (loadings == 0).all()
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("d", [2, 8, 64])
 def test_tokens_all_alike_beside_tokens_without_a_part(backend, device, d):
     """A blank image: the Gram matrix has rank one, on which an eigensolver in fp32 may give NaN or not converge."""
@@ -139,12 +142,14 @@ def test_few_different_tokens(backend, device, seed):
     assert_close(loadings[0].cpu().double(), torch.from_numpy(wanted), rtol=0, atol=1e-4)
 
 
+@pytest.mark.large
 def test_huge_features(backend, device):
     labels, loadings = lvtp.psca(clustered_features(1, 33, device=device) * 1e30, 3)
     assert ((labels >= 0) & (labels < 3)).all()
     assert loadings.isfinite().all()
 
 
+@pytest.mark.large
 def test_views(backend, device, dtype, hostile):
     x = clustered_features(2, 33, 17, dtype=dtype, device=device)
     labels, loadings = lvtp.psca(hostile(x), 4)
@@ -153,6 +158,7 @@ def test_views(backend, device, dtype, hostile):
     assert_close(loadings, wanted_loadings, rtol=0, atol=1e-4)
 
 
+@pytest.mark.large
 def test_batch_equals_single(backend, device):
     x = clustered_features(3, 65, device=device)
     labels, loadings = lvtp.psca(x, 6)
@@ -162,12 +168,14 @@ def test_batch_equals_single(backend, device):
         assert_close(loadings[image], single_loadings[0], rtol=0, atol=1e-4)
 
 
+@pytest.mark.large
 def test_repeats_itself(backend, device):
     x = clustered_features(2, 200, device=device)
     for a, b in zip(lvtp.psca(x, 16), lvtp.psca(x, 16), strict=True):
         assert torch.equal(a, b)
 
 
+@pytest.mark.large
 def test_autocast_changes_nothing(backend, device):
     x = clustered_features(1, 65, device=device)
     with torch.autocast(device, dtype=torch.bfloat16):
@@ -181,6 +189,7 @@ def test_empty_batch(backend, device, dtype):
     assert labels.shape == loadings.shape == (0, 5)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("center", ["feature", "token"])
 @pytest.mark.parametrize("groups", [64, 144])
 def test_many_groups(backend, device, groups, center):
