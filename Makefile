@@ -1,5 +1,6 @@
 # make demo   the main job on a photograph: out/demo holds the picture
 # make test   everything that runs without a GPU (and, with one, everything)
+# make sanitize  the CPU library's tests under sanitizers
 # make bench  the operators beside the reference, timed on this machine
 # make lint   ruff and clang-format; make format applies them
 # Each sets up .venv on first use. TORCH says which torch that is, for example TORCH=torch for the newest.
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.h csrc/*/*/*.cpp)
 LINTED := $(CPP) $(wildcard tests/emulation/*.h tests/emulation/*.cpp tests/emulation/*.cu tests/emulation/include/*.h)
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test sanitize bench lint format clean
 
 demo: $(VENV)/built
 	$(BIN)/lvtp demo --out out/demo
@@ -19,6 +20,18 @@ demo: $(VENV)/built
 # (LAPACK's eigh on two threads, one core taken: 4 s instead of 60 ms).
 test: $(VENV)/built
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
+
+# The operators' tests on a library built with AddressSanitizer and UndefinedBehaviorSanitizer.
+SANITIZED := tests/test_cosine_similarity.py tests/test_mean_similarity.py tests/test_greedy_suppression.py \
+	tests/test_cluster_nms.py tests/test_psca.py tests/test_id_selection.py tests/test_prune_sid.py \
+	tests/test_dynamic_budget.py tests/test_bad_input.py tests/test_cpu.py tests/test_properties.py
+
+sanitize: $(VENV)/built
+	rm -rf out/sanitized
+	CMAKE_ARGS="-DLVTP_SANITIZE=address,undefined -DCMAKE_CUDA_COMPILER=NOTFOUND" \
+		$(BIN)/pip install --quiet --no-build-isolation --no-deps --target out/sanitized .
+	PYTHONPATH=out/sanitized LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+		OMP_WAIT_POLICY=passive $(BIN)/pytest -q -p no:cacheprovider -k "not reference" $(SANITIZED)
 
 bench: $(VENV)/built
 	$(BIN)/pip install --quiet -e ".[bench]" --no-build-isolation

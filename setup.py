@@ -7,6 +7,7 @@ own builds read it, for example "8.0;9.0a+PTX"; CMakeLists.txt has the default).
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -69,6 +70,7 @@ class CMakeBuild(build_ext):
         configure.append(f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}")  # an isolated build's moves at every build
         if os.environ.get("TORCH_CUDA_ARCH_LIST"):
             configure.append(f"-DCMAKE_CUDA_ARCHITECTURES={cmake_architectures(os.environ['TORCH_CUDA_ARCH_LIST'])}")
+        configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         for command in (
             configure,
             ["cmake", "--build", build, "--parallel", str(max_jobs())],

@@ -1,57 +1,100 @@
-"""`pytest bench --benchmark-only`: each operator beside the reference, on the CPU and, where there is one, on the GPU.
+"""`pytest bench --benchmark-only`: each operator, beside the reference and beside a plain eager loop.
 
-The figures are those of the machine that runs it; `--benchmark-json` keeps them with its name.
+The variants of one call take turns, so that what else the machine does falls on all of them alike; medians. The table
+at the end has every figure's baselines and the ratio to them; `--benchmark-json` keeps them with the machine's name.
+All are of the machine that runs it.
 """
+
+import statistics
+import time
+from collections.abc import Callable
 
 import pytest
 import torch
 
 import lvtp
-from bench.shapes import SHAPES, Shape
+from bench import baselines
+from bench.shapes import SHAPES, Shape, inputs
 
 DEVICES = ("cpu", *(["cuda"] if torch.cuda.is_available() else []))
+OPERATORS = ("cosine_similarity", "mean_similarity", "id_selection", "psca", "prune_sid")
+SECONDS = 1.5  # for all rounds of one test
 
 
-def arguments(name: str, shape: Shape, device: str) -> tuple:
-    g = torch.Generator().manual_seed(0)
-    centres = torch.randn(40, shape.features, generator=g)
-    member = torch.randint(0, 40, (shape.images, shape.tokens), generator=g)
-    noise = torch.randn(shape.images, shape.tokens, shape.features, generator=g)
-    features = (centres[member] + 0.5 * noise).to(device)
-    importance = torch.rand(shape.images, shape.tokens, generator=g).to(device)
+def call(name: str, shape: Shape, dtype: torch.dtype, device: str) -> tuple:
+    """The operator's arguments."""
+    features, importance = inputs(shape, dtype, device)
     return {
-        "cosine_similarity": (features,),
-        "mean_similarity": (features,),
         "id_selection": (features, importance, shape.keep),
-        "psca": (features, shape.keep // 4),
+        "psca": (features, max(1, shape.keep // 4)),
         "prune_sid": (features, importance, shape.keep),
-    }[name]
+    }.get(name, (features,))
 
 
-@pytest.mark.parametrize(
-    ("device", "backend"),
-    [
-        (device, backend)
-        for device in DEVICES
-        for backend in ("native", "triton", "reference")
-        if device == "cuda" or backend != "triton"
-    ],
-)
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.model} {s.images}x{s.tokens}x{s.features} k={s.keep}")
-@pytest.mark.parametrize("name", ["cosine_similarity", "mean_similarity", "id_selection", "psca", "prune_sid"])
-def test_operator(benchmark, name, shape, device, backend):
-    if backend == "native" and not lvtp.ops._has_kernel(name, device):
-        pytest.skip(f"no compiled kernel of {name} for {device}")
-    args = arguments(name, shape, device)
-    benchmark.group = f"{name}, {shape.model}, {device}"
+def variants(name: str, args: tuple, shape: Shape, device: str) -> dict[str, Callable]:
+    """What is timed in turn. "lvtp" is what users get by themselves; the rest is what they would run otherwise."""
+
+    def on(backend: str) -> Callable:
+        def run():
+            with lvtp.use_backend(backend):
+                getattr(lvtp, name)(*args)
+
+        return run
+
+    found = {"lvtp": on("auto")}
+    if device == "cuda":
+        found["triton"] = on("triton")
+    # The baselines hold N x N matrices; psca's also decompose them, in N^3.
+    if shape.tokens <= (1024 if name in ("psca", "prune_sid") else 4096):
+        found["reference"] = on("reference")
+        if name == "prune_sid":
+            found["one fp32 eigh"] = lambda: baselines.eigh(args[0])
+        else:
+            found["eager loop"] = lambda: getattr(baselines, name)(*args)
+    return found
+
+
+def timed(run: Callable, device: str) -> float:
+    start = time.perf_counter()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operator(benchmark, name, shape, dtype, device):
+    if name in ("cosine_similarity", "psca", "prune_sid") and shape.tokens > 4096:
+        pytest.skip("takes minutes, and no model selects like that")
+    args = call(name, shape, dtype, device)
+    runs = variants(name, args, shape, device)
+    ours = runs.pop("lvtp")
+    once = sum(timed(run, device) for run in (ours, *runs.values()))  # warms up, too
+    seconds = {variant: [] for variant in runs}
+
+    def others():
+        for variant, run in runs.items():
+            seconds[variant].append(timed(run, device))
+
+    benchmark.group = f"{name}, {device}"
     benchmark.extra_info.update(
-        shape._asdict(), device=device, torch=torch.__version__, threads=torch.get_num_threads()
+        shape._asdict(), name=name, dtype=str(dtype).removeprefix("torch."), device=device, torch=torch.__version__
     )
+    rounds = max(3, min(50, int(SECONDS / once)))
+    benchmark.pedantic(lambda: timed(ours, device), setup=others, rounds=rounds, iterations=1, warmup_rounds=1)
+    benchmark.extra_info["threads"] = torch.get_num_threads()
+    benchmark.extra_info["baselines"] = {variant: statistics.median(s) for variant, s in seconds.items()}
 
-    def run():
-        getattr(lvtp, name)(*args)
-        if device == "cuda":
-            torch.cuda.synchronize()
 
-    with lvtp.use_backend(backend):
-        benchmark.pedantic(run, rounds=7, iterations=1, warmup_rounds=2)
+@pytest.mark.parametrize("name", ["cosine_similarity", "mean_similarity", "id_selection"])
+def test_the_eager_loop_gives_the_same_answer(name):
+    """A baseline that computes something else would prove nothing."""
+    args = call(name, SHAPES[1], torch.float32, "cpu")
+    ours, eager = getattr(lvtp, name)(*args), getattr(baselines, name)(*args)
+    if name == "id_selection":
+        assert (ours == eager).double().mean() > 0.95  # where two tokens are as good, rounding decides
+    else:
+        torch.testing.assert_close(ours, eager, rtol=0, atol=1e-5)

@@ -1,6 +1,9 @@
-"""The shapes that selection meets in real models, once, for every benchmark."""
+"""The shapes that selection meets in real models, once, for every benchmark, and features of those shapes."""
 
 from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 
 class Shape(NamedTuple):
@@ -12,11 +15,32 @@ class Shape(NamedTuple):
     features: int
     keep: int
 
+    def __str__(self) -> str:
+        return f"{self.model} {self.images}x{self.tokens}x{self.features} k={self.keep}"
+
 
 SHAPES = (
+    Shape("LLaVA-1.5", 1, 576, 1024, 16),
     Shape("LLaVA-1.5", 1, 576, 1024, 64),
+    Shape("LLaVA-1.5", 1, 576, 1024, 192),
     Shape("LLaVA-1.5, batch", 8, 576, 1024, 64),
-    Shape("LLaVA-NeXT", 5, 576, 1024, 128),
+    Shape("LLaVA-NeXT, by crop", 5, 576, 1024, 32),
+    Shape("LLaVA-NeXT, by image", 1, 2880, 4096, 160),
     Shape("OneVision", 1, 729, 1152, 128),
     Shape("Qwen2.5-VL, 1k", 1, 1024, 1280, 128),
+    Shape("Qwen2.5-VL, 4k", 1, 4096, 3584, 512),
+    Shape("Qwen2.5-VL, 16k", 1, 16384, 3584, 1024),
+    Shape("video", 32, 196, 3584, 16),
 )
+
+
+def inputs(shape: Shape, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """Features [B, N, D] in 40 clusters, the noise in each half as strong as the distance between them, and uniform
+    importance fp32 [B, N]; the same in every run.
+    """
+    g = torch.Generator().manual_seed(0)
+    centres = torch.randn(40, shape.features, generator=g)
+    member = torch.randint(0, 40, (shape.images, shape.tokens), generator=g)
+    noise = torch.randn(shape.images, shape.tokens, shape.features, generator=g)
+    importance = torch.rand(shape.images, shape.tokens, generator=g)
+    return (centres[member] + 0.5 * noise).to(device, dtype), importance.to(device)
