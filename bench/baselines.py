@@ -41,9 +41,3 @@ def psca(features: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     _, vectors = torch.linalg.eigh(a @ a.mT)
     loadings, labels = vectors[..., -groups:].flip(-1).abs().max(-1)
     return labels, loadings
-
-
-def eigh(features: Tensor) -> Tensor:
-    """One fp32 eigendecomposition of an N x N matrix an image, and nothing else: what exact groups usually cost."""
-    a = features.float() @ features.float().mT
-    return torch.linalg.eigh(a)[0]

@@ -138,12 +138,12 @@ class BlockLanczos {
   std::vector<Array<float>> blocks_;
 };
 
-// How many of the first `count` Ritz vectors s of the basis may be further than an angle of 0.01 from an eigenvector:
-// the residual R s, and what rounding in fp32 adds to it, over the gap to the next eigenvalue bounds it. `ritz` has
-// count + 1 of them.
-int64_t not_converged(const Eigenvectors<float>& ritz, const std::vector<double>& r, int64_t count) {
+// By how much the first `count` Ritz vectors s of the basis miss being within an angle of 0.01 of eigenvectors: 0 if
+// none does, and up to 1 for each. The residual R s, and what rounding in fp32 adds to it, over the gap to the next
+// eigenvalue bounds the angle. `ritz` has count + 1 of them.
+double missing(const Eigenvectors<float>& ritz, const std::vector<double>& r, int64_t count) {
   const double rounding = 1e-7 * ritz.eigenvalues[0];
-  int64_t found = 0;
+  double sum_of_angles = 0.0;
   for (int64_t g = 0; g < count; ++g) {
     double square = 0.0;
     for (int64_t i = 0; i < kTile; ++i) {
@@ -153,9 +153,10 @@ int64_t not_converged(const Eigenvectors<float>& ritz, const std::vector<double>
     }
     double gap = ritz.eigenvalues[g] - ritz.eigenvalues[g + 1];
     if (g > 0) gap = std::min(gap, ritz.eigenvalues[g - 1] - ritz.eigenvalues[g]);
-    found += !(std::sqrt(square) + rounding <= 0.01 * gap);
+    const double residual = std::sqrt(square) + rounding;
+    if (!(residual <= 0.01 * gap)) sum_of_angles += residual < gap ? residual / gap : 1.0;
   }
-  return found;
+  return sum_of_angles;
 }
 
 }  // namespace
@@ -169,7 +170,7 @@ std::optional<Eigenvectors<float>> leading_eigenvectors_of_gram(
   BlockLanczos lanczos(team, a, most);
   lanczos.start();
   Tiles<float> projected(most);
-  int64_t before = count + 1;
+  double before = 2.0 * static_cast<double>(count);
   for (int64_t size = kTile; size <= most; size += kTile) {
     const int64_t j = size / kTile - 1;
     const auto r = lanczos.extend(projected.strip(j));
@@ -177,10 +178,10 @@ std::optional<Eigenvectors<float>> leading_eigenvectors_of_gram(
     Tiles<float> matrix(size);
     std::copy_n(projected.values.get(), matrix.size, matrix.values.get());
     auto ritz = leading_eigenvectors(team, matrix, count + 1);
-    const int64_t left = not_converged(ritz, r, count);
-    if (left >= before) return std::nullopt;  // no progress: the rest lies too close together
+    const double left = missing(ritz, r, count);
+    if (left > 0.9 * before) return std::nullopt;  // hardly any progress: the rest lies too close together
     before = left;
-    if (left > 0) continue;
+    if (left > 0.0) continue;
 
     Eigenvectors<float> out(a.rows, count);
     team.run(out.blocks(), [&](int64_t b) {

@@ -79,11 +79,14 @@ class CentredSigmoid {
 // as by double at G = 144 on a photograph), though the matrix itself need not be any more exact.
 constexpr int64_t kGroupsInFloat = 48;
 
+// Below, the whole Gram matrix costs less than the few products with A that iteration takes.
+constexpr int64_t kWorthIterating = 320;
+
 // V [rows, groups]: the eigenvectors of panels panels^T with the largest eigenvalues. Iteration finds those that stand
 // apart, as the first ones of real images do, in a fraction of the time of the direct way (576 tokens, two threads:
 // 1.5 instead of 6 ms for 16 groups of a photograph), which finds all others.
 Eigenvectors<float> components(Team& team, const Panels& panels, int64_t groups) {
-  if (groups <= kGroupsInFloat) {
+  if (groups <= kGroupsInFloat && panels.rows >= kWorthIterating) {
     const int64_t most = std::min(panels.rows / 3, groups + 96);
     if (auto v = leading_eigenvectors_of_gram(team, panels, groups, most)) return std::move(*v);
   }
