@@ -9,8 +9,9 @@
 //
 // A rule has
 //   State                       what it remembers of a token; trivially copyable
-//   kNeverRises                 true if no update can raise a key. A stale key is then an upper bound on the true one,
-//                               so an engine may leave states stale until they reach the top (lazy greedy, exact)
+//   kNeverRises                 true if no update can raise a key, whichever others came before it. A state that has
+//                               seen only some of the picks then has an upper bound of the true key, so an engine may
+//                               leave states stale until they reach the top (lazy greedy, exact)
 //   key(state)                  the rank of a token not yet taken: highest first, ties to the lowest index
 //   pickable(key)               false: the loop ends here, because no token left is worth taking
 //   matters(state_i)            false: taking i changes no other token, so no similarity to it is ever needed

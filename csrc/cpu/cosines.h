@@ -48,21 +48,15 @@ class Cosines {
   Cosines(const T* x, int64_t n, int64_t d, Team* team = nullptr)
       : x_(x), d_(d), team_(team), dots_(best_dots<T>()), scale_(n, {kUnknown, true}) {}
 
-  float similarity(int32_t j, int32_t token) {
-    float out;
-    some(j, &token, 1, &out);
-    return out;
-  }
-
-  // Of token j to each of `tokens` -> out.
-  void to(int32_t j, const int32_t* tokens, int64_t count, float* out) {
-    constexpr int64_t kAtOnce = 16;
-    scale(j);  // before two threads look for it; the other tokens are picks, which have been compared before
-    const int64_t pieces = (count + kAtOnce - 1) / kAtOnce;
-    run(team_ && count * d_ >= kWorthSharing, pieces, [&](int64_t piece) {
-      const int64_t first = piece * kAtOnce;
-      some(j, tokens + first, std::min(kAtOnce, count - first), out + first);
-    });
+  // Of token j to the picks added as number begin to end - 1 -> out.
+  void to(int32_t j, int64_t begin, int64_t end, float* out) {
+    const int64_t pieces = (end - begin + kTile - 1) / kTile;
+    const auto piece = [&](int64_t i) {
+      const int64_t first = begin + (end - begin) * i / pieces, last = begin + (end - begin) * (i + 1) / pieces;
+      some(j, &picks_[first], last - first, out + (first - begin));
+    };
+    scale(j);  // before two threads look for it; those of picks are known since they were compared themselves
+    run((end - begin) * d_ >= kWorthSharing ? team_ : nullptr, pieces, piece);
   }
   int64_t batch() const { return team_ ? 64 : 8; }
 
@@ -70,20 +64,20 @@ class Cosines {
   size_t tries() const { return team_ && d_ >= 2048 ? 4 : 1; }
   template <class F>
   void run(int64_t count, const F& f) {
-    run(team_ && count > 1, count, f);
+    run(team_, count, f);
   }
 
-  // The tokens that guess() chooses from, in the order they are added.
-  void add(int32_t token) {
-    if (added_ % kTile == 0) sketches_.resize(sketches_.size() + kSketch * kTile);
+  void add(int32_t token) {  // as a pick
+    const auto number = static_cast<int64_t>(picks_.size());
+    if (number % kTile == 0) sketches_.resize(sketches_.size() + kSketch * kTile);
+    picks_.push_back(token);
     float sketch[kSketch];
     sketch_of(token, sketch);
-    float* block = &sketches_[added_ / kTile * kSketch * kTile];
-    for (int64_t c = 0; c < kSketch; ++c) block[c * kTile + added_ % kTile] = sketch[c];
-    ++added_;
+    float* block = &sketches_[number / kTile * kSketch * kTile];
+    for (int64_t c = 0; c < kSketch; ++c) block[c * kTile + number % kTile] = sketch[c];
   }
 
-  // Which of those added from `begin` to `end` token j resembles most, going by a few of the features.
+  // Which of the picks begin to end - 1 token j resembles most, going by a few of the features.
   int64_t guess(int32_t j, int64_t begin, int64_t end) const {
     float sketch[kSketch], estimate[kTile];
     sketch_of(j, sketch);
@@ -114,14 +108,14 @@ class Cosines {
   }
 
   template <class F>
-  void run(bool shared, int64_t count, const F& f) {
-    if (shared) return team_->run_evenly(count, f);
+  static void run(Team* team, int64_t count, const F& f) {
+    if (team) return team->run(count, f);
     for (int64_t i = 0; i < count; ++i) f(i);
   }
 
+  // At most kTile at once.
   void some(int32_t j, const int32_t* tokens, int64_t count, float* out) {
-    constexpr int64_t kMost = 16;
-    const T* rows[kMost];
+    const T* rows[kTile];
     const UnitScale sj = scale(j);
     for (int64_t p = 0; p < count; ++p) rows[p] = row(tokens[p]);
     dots_(row(j), rows, count, d_, out);
@@ -162,7 +156,7 @@ class Cosines {
   Dots<T> dots_;
   std::vector<UnitScale> scale_;
   std::vector<float> sketches_;  // [blocks of kTile tokens][kSketch][kTile]
-  int64_t added_ = 0;
+  std::vector<int32_t> picks_;
 };
 
 }  // namespace lvtp::cpu

@@ -12,12 +12,14 @@ namespace lvtp::cpu {
 // Similarities as the engine asks for them, for the simplest of sources: any function of two tokens.
 template <class Function>
 struct Similarities {
-  static constexpr bool kGuesses = false;  // true: has add() and guess(), see Cosines in cosines.h
+  static constexpr bool kGuesses = false;  // true: it can guess(), see Cosines in cosines.h
   Function similarity;
+  std::vector<int32_t> picks{};
 
-  // Of token j to each of `count` picks -> out.
-  void to(int32_t j, const int32_t* picks, int64_t count, float* out) const {
-    for (int64_t p = 0; p < count; ++p) out[p] = similarity(j, picks[p]);
+  void add(int32_t pick) { picks.push_back(pick); }
+  // Of token j to the picks added as number begin to end - 1 -> out.
+  void to(int32_t j, int64_t begin, int64_t end, float* out) const {
+    for (int64_t p = begin; p < end; ++p) *out++ = similarity(j, picks[p]);
   }
   int64_t batch() const { return 1; }  // how many similarities are worth asking for at once
 };
@@ -91,8 +93,7 @@ class Greedy {
 
   void pick(int32_t j) {
     picked_.push_back(j);
-    picked_tokens_.push_back(tokens_[j]);
-    if constexpr (Source::kGuesses) source_.add(tokens_[j]);
+    source_.add(tokens_[j]);
   }
 
   Bound pop() {
@@ -137,7 +138,7 @@ class Greedy {
       tried.similarity[at] = tried.similarity[at - 1];
     }
     tried.pick[at] = p;
-    tried.similarity[at] = source_.similarity(tokens_[j], picked_tokens_[p]);
+    source_.to(tokens_[j], p, p + 1, &tried.similarity[at]);
     State state = states_[j];
     for (int32_t t = 0; t < tried.count; ++t) {
       const State& picked = states_[picked_[tried.pick[t]]];
@@ -162,7 +163,7 @@ class Greedy {
   // Of token j to the picks first, ..., first + count - 1 -> similarity_; without those tried before.
   void known_similarities(int32_t j, int64_t first, int64_t count) {
     const auto ask = [&](int64_t begin, int64_t end) {
-      if (begin < end) source_.to(tokens_[j], &picked_tokens_[begin], end - begin, &similarity_[begin - first]);
+      if (begin < end) source_.to(tokens_[j], begin, end, &similarity_[begin - first]);
     };
     int64_t from = first;
     if constexpr (Source::kGuesses) {
@@ -186,9 +187,8 @@ class Greedy {
   std::vector<State> states_;
   Source& source_;
   std::vector<Bound> heap_;
-  std::vector<int32_t> seen_;           // how many picks a token's state knows of
-  std::vector<int32_t> picked_;         // the picks that change others: positions in `tokens`
-  std::vector<int32_t> picked_tokens_;  // the same as tokens
+  std::vector<int32_t> seen_;    // how many picks a token's state knows of
+  std::vector<int32_t> picked_;  // the picks that change others: positions in `tokens`
   std::vector<float> similarity_;
   std::vector<Tried> tried_;
   std::vector<Bound> front_;

@@ -30,15 +30,6 @@ class Team {
     }
   }
 
-  // The same for many small pieces: each thread gets one run of them.
-  template <class F>
-  void run_evenly(int64_t count, const F& piece) {
-    const int64_t shares = std::min(count, static_cast<int64_t>(members_.load(std::memory_order_relaxed)));
-    run(shares, [&](int64_t share) {
-      for (int64_t i = count * share / shares; i < count * (share + 1) / shares; ++i) piece(i);
-    });
-  }
-
   // lead(team) on one thread, with all that torch would use.
   template <class F>
   static void lead(const F& lead) {

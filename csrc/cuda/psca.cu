@@ -3,8 +3,9 @@
 // the components. Vectors are stored one after the other ([vectors, n]), so that warps read them in order.
 //
 // 32 vectors more than groups and 32 steps: at N = 576, G = 4 to 48, at least 0.99 of the tokens of a photograph and of
-// clustered features are grouped as by float64 eigenvectors (tests/emulation, LVTP_EMULATION_ALL=1). Where G comes near
-// the rank of the features, fp32 mixes the last components: 0.96 at D = 64, G = 48.
+// clustered features are grouped as by float64 eigenvectors (tests/emulation, LVTP_EMULATION_ALL=1). It promises
+// nothing for more groups, or where the components lie close together, so no launcher calls it, nor prune_sid.cu, yet:
+// CUDA tensors take Triton's psca, in double.
 #include "device.cuh"
 
 namespace lvtp::cuda {
