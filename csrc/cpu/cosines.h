@@ -67,6 +67,11 @@ class Cosines {
     run(team_, count, f);
   }
 
+  void start() {  // a loop of its own: no picks yet
+    picks_.clear();
+    sketches_.clear();
+  }
+
   void add(int32_t token) {  // as a pick
     const auto number = static_cast<int64_t>(picks_.size());
     if (number % kTile == 0) sketches_.resize(sketches_.size() + kSketch * kTile);

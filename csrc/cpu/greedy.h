@@ -16,6 +16,7 @@ struct Similarities {
   Function similarity;
   std::vector<int32_t> picks{};
 
+  void start() { picks.clear(); }  // a loop of its own: no picks yet
   void add(int32_t pick) { picks.push_back(pick); }
   // Of token j to the picks added as number begin to end - 1 -> out.
   void to(int32_t j, int64_t begin, int64_t end, float* out) const {
@@ -45,6 +46,7 @@ class Greedy {
 
   Greedy(const Rule& rule, const std::vector<int32_t>& tokens, std::vector<State> states, Source& source)
       : rule_(rule), tokens_(tokens), states_(std::move(states)), source_(source), seen_(tokens.size(), 0) {
+    source.start();
     if constexpr (Source::kGuesses) tried_.resize(tokens.size());
   }
 
