@@ -102,7 +102,7 @@ class Cosines {
 
  private:
   static constexpr float kUnknown = -1.0f;
-  static constexpr int64_t kSketch = 64;
+  static constexpr int64_t kSketch = 48;
   static constexpr int64_t kWorthSharing = 65536;  // products: some 5 us
 
   const T* row(int64_t i) const { return x_ + i * d_; }
