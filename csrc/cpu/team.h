@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <exception>
 #include <thread>
 
 namespace lvtp::cpu {
@@ -97,12 +98,13 @@ class Team {
     const uint64_t members = std::min<uint64_t>(members_.load(std::memory_order_relaxed), kShares);
     const Round last(round_.load(std::memory_order_relaxed));
     round_.store(Round(last.number() + 1, members, count).word, std::memory_order_release);
-    for (int spins = 0; left_.load(std::memory_order_acquire) != 0; ++spins) {
+    for (int64_t spins = 0; left_.load(std::memory_order_acquire) != 0; ++spins) {
       if (!work_once(0, spins)) rest(spins);
     }
+    if (failed_.exchange(false)) std::rethrow_exception(error_);
   }
 
-  static void rest(int spins) {
+  static void rest(int64_t spins) {
     if (spins < 1000) {
 #if defined(__x86_64__)
       __builtin_ia32_pause();
@@ -113,7 +115,7 @@ class Team {
   }
 
   // Claims and does a piece of this member's, or after some patience one of a member who does not come.
-  bool work_once(uint64_t member, int spins) {
+  bool work_once(uint64_t member, int64_t spins) {
     constexpr int kPatience = 500;  // some 20 us
     Round round(round_.load(std::memory_order_acquire));
     if (round.unclaimed() == 0 || member >= round.members()) return false;
@@ -123,14 +125,18 @@ class Team {
     if (!round_.compare_exchange_strong(round.word, round.word & ~(uint64_t{1} << i), std::memory_order_acq_rel)) {
       return true;
     }
-    call_(piece_, i);
+    try {
+      call_(piece_, i);
+    } catch (...) {  // out of memory; the leader, who waits for this piece, throws it on
+      if (!failed_.exchange(true)) error_ = std::current_exception();
+    }
     left_.fetch_sub(1, std::memory_order_release);
     return true;
   }
 
   void assist() {
     const uint64_t member = members_.fetch_add(1, std::memory_order_relaxed);
-    for (int spins = 0; !finished_.load(std::memory_order_acquire); ++spins) {
+    for (int64_t spins = 0; !finished_.load(std::memory_order_acquire); ++spins) {
       if (work_once(member, 0)) spins = 0;
       rest(spins);
     }
@@ -142,7 +148,8 @@ class Team {
   std::atomic<uint64_t> members_{1};
   alignas(64) std::atomic<uint64_t> round_{0};
   alignas(64) std::atomic<int64_t> left_{0};
-  std::atomic<bool> finished_{false};
+  std::atomic<bool> finished_{false}, failed_{false};
+  std::exception_ptr error_;
 };
 
 }  // namespace lvtp::cpu
