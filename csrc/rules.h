@@ -80,7 +80,7 @@ struct GroupNms {
 
   LVTP_HD float key(const State& s) const { return s.dropped ? kOut : s.score; }
   LVTP_HD bool pickable(float key) const { return key > 0.0f; }
-  LVTP_HD bool matters(const State&) const { return true; }
+  LVTP_HD bool matters(const State&) const { return tau < INFINITY; }
   LVTP_HD bool touches(const State& s, const State& picked) const { return s.group == picked.group; }
   LVTP_HD void update(State& s, const State& picked, float r) const {
     if (s.group == picked.group && r > tau) s.dropped = true;

@@ -100,3 +100,13 @@ def test_calls_from_several_python_threads():
         for picks, labels in pool.map(lambda _: (lvtp.id_selection(x, s, 64), lvtp.psca(x, 8)[0]), range(8)):
             assert torch.equal(picks, wanted[0])
             assert torch.equal(labels, wanted[1])
+
+
+@pytest.mark.parametrize(("n", "groups"), [(64, 16), (512, 16), (1040, 16)])
+def test_equal_eigenvalues_have_vectors_of_their_own(n, groups):
+    """Orthogonal patterns, equally strong: in any basis of their space every token has a part."""
+    x = torch.zeros(1, n, 2 * groups)
+    token, pattern = torch.arange(n), torch.arange(n) % groups
+    x[0, token, 2 * pattern], x[0, token, 2 * pattern + 1] = 1, -1
+    _, loadings = lvtp.psca(x, groups)
+    assert (loadings > 0.2 * (groups / n) ** 0.5).all()

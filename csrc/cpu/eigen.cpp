@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 namespace lvtp::cpu {
@@ -20,14 +21,19 @@ struct Tridiagonal {
   }
 };
 
-// Turns row[0, k) into an h such that I - h h^T leaves of it only the last element. Returns what that becomes.
+// Turns row[0, k) into an h such that I - h h^T leaves of it only the last element. Returns what that becomes. A row
+// whose square is negligible is rounding, as all are of a matrix of low rank after a few steps: h = 0 then, before
+// squares leave the range of T.
 template <class T>
-double reflector_of(T* row, int64_t k, const EigenLoops<T>& loops) {
+double reflector_of(T* row, int64_t k, double negligible, const EigenLoops<T>& loops) {
   const int64_t size = strips(k) * kTile;
   const double last = row[k - 1];
   row[k - 1] = 0;
   const double square = loops.dot(row, row, size);
-  if (square == 0.0) return last;  // nothing to remove: h = 0
+  if (square <= negligible) {
+    std::fill_n(row, size, T(0));
+    return last;
+  }
   const double norm = std::sqrt(square + last * last), after = last > 0 ? -norm : norm, own = last - after;
   row[k - 1] = static_cast<T>(own);
   loops.scale(row, size, static_cast<T>(std::sqrt(2.0 / (square + own * own))));
@@ -53,13 +59,16 @@ Tridiagonal<T> tridiagonal(Team& team, const Tiles<T>& matrix) {
   const int64_t n = matrix.rows, size = strips(n) * kTile;
   const auto none = zeros<T>(size), w = zeros<T>(size);
   const Array<T> partial(kParts * size);
+  double trace = 0.0;
+  for (int64_t i = 0; i < n; ++i) trace += matrix.strip(i / kTile)[(i / kTile * kTile + i % kTile) * kTile + i % kTile];
+  const double negligible = std::pow(1e-3 * std::numeric_limits<T>::epsilon() * trace, 2);
   const T* h = none.get();  // of the step before
   for (int64_t k = n - 1; k >= 1; --k) {
     T* u = out.reflector(k);
     loops.current_row(matrix.strip(k / kTile), k, h, w.get(), u);
     out.diagonal[k] = u[k];
     std::fill(u + k, u + (k / kTile + 1) * kTile, T(0));
-    out.beside[k] = reflector_of(u, k, loops);
+    out.beside[k] = reflector_of(u, k, negligible, loops);
 
     const int64_t tile_rows = strips(k), active = tile_rows * kTile;
     const auto multiply = [&](int64_t part) {

@@ -144,8 +144,8 @@ inline void eight_eigenpairs(
   for (int lane = 0; lane < 8; ++lane) rank[lane] = n - 1 - first - lane > 0 ? n - 1 - first - lane : 0;
   Eight lower = Eight{} + low, upper = Eight{} + high;
   EightInts below_lower = {}, below_upper = EightInts{} + n;
-  // To 2^-42 of the range, or until no bracket holds a second eigenvalue and six steps more.
-  for (int step = 0, isolated = 0; step < 42 && isolated < 6; ++step) {
+  // To 2^-52 of the range, or until no bracket holds a second eigenvalue and six steps more.
+  for (int step = 0, isolated = 0; step < 52 && isolated < 6; ++step) {
     const Eight middle = 0.5 * (lower + upper);
     EightInts below = {};  // eigenvalues below the middle, by Sturm's count
     Eight q = Eight{} + 1.0;
