@@ -402,8 +402,8 @@ def cluster_nms(
 def psca(features: Tensor, groups: int, center: str = "feature") -> tuple[Tensor, Tensor]:
     """Principal semantic component analysis (PruneSID, arXiv 2603.09480): the group of each token.
 
-    A token belongs to the principal component of the tokens' Gram matrix on which it loads most. Exact eigenvectors,
-    deterministic; the released code draws random ones, and two runs share about half of their picks.
+    A token belongs to the principal component of the tokens' Gram matrix on which it loads most. Converged
+    eigenvectors, deterministic; the released code draws random ones, and two runs share about half of their picks.
 
     Args:
         features: [B, N, D] float32, float16 or bfloat16.
