@@ -18,6 +18,7 @@
 #include "../checks.h"
 #include "cosines.h"
 #include "simd.h"
+#include "team.h"
 
 namespace lvtp::cpu {
 
@@ -71,14 +72,6 @@ void with_features(const Tensor& x, const F& fn) {
     case ScalarType::BFloat16: return fn(data<c10::BFloat16>(x));
     default: return fn(data<float>(x));
   }
-}
-
-// fn(image) for every image, in parallel.
-template <class F>
-void for_each_image(int64_t images, const F& fn) {
-  torch::stable::parallel_for(0, images, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) fn(b);
-  });
 }
 
 // Label values of the real tokens, in [0, groups), or just not negative where there is no bound. Only a CPU kernel may

@@ -134,11 +134,7 @@ class Greedy {
     const auto picks = static_cast<int32_t>(picked_.size()), from = std::max(tried.guessed, seen_[j]);
     const auto p = static_cast<int32_t>(source_.guess(tokens_[j], from, picks));
     tried.guessed = picks;
-    int32_t at = tried.count++;
-    for (; at > 0 && tried.pick[at - 1] > p; --at) {
-      tried.pick[at] = tried.pick[at - 1];
-      tried.similarity[at] = tried.similarity[at - 1];
-    }
+    const int32_t at = tried.count++;  // in pick order, because p is none of those guessed from before
     tried.pick[at] = p;
     source_.to(tokens_[j], p, p + 1, &tried.similarity[at]);
     State state = states_[j];

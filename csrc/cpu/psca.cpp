@@ -1,4 +1,3 @@
-#include <memory>
 #include <tuple>
 #include <vector>
 
@@ -21,7 +20,7 @@ class CentredSigmoid {
   int64_t stride() const { return strips(d_) * kTile; }
 
   // Rows first, ..., first + kTile - 1 of A -> block [kTile][stride()]; zero where there is no token or it has no part
-  // in any component. usable[i]: row i is not zero.
+  // in any component. usable[i], unless it is null: row i is not zero.
   void rows(int64_t first, float* block, char* usable) const {
     for (int64_t i = first; i < first + kTile; ++i) {
       float* row = block + (i - first) * stride();
@@ -32,7 +31,7 @@ class CentredSigmoid {
                              : simd().centre_each(row, d_, token_mean_.data());
       }
       std::fill(any ? row + d_ : row, row + stride(), 0.0f);
-      if (i < n_) usable[i] = any;
+      if (i < n_ && usable) usable[i] = any;
     }
   }
 
@@ -110,11 +109,10 @@ static Eigenvectors<float> project(Team& team, const Rows& a, int64_t n, int64_t
   constexpr int64_t kLanes = Eigenvectors<float>::kLanes;
   static_assert(kLanes == kTile, "a product of a panel and a block is a tile");
   Eigenvectors<float> v(n, u.count);
-  std::vector<char> unused(n);
   team.run(strips(n), [&](int64_t s) {
     const Array<float> block(kTile * a.stride()), panel(kTile * d);
     float product[kTile * kTile];
-    a.rows(s * kTile, block.get(), unused.data());
+    a.rows(s * kTile, block.get(), nullptr);
     simd().transpose(block.get(), a.stride(), d, panel.get());
     for (int64_t b = 0; b < v.blocks(); ++b) {
       simd().cross(panel.get(), u.block(b), d, product);

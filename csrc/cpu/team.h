@@ -11,6 +11,14 @@
 
 namespace lvtp::cpu {
 
+// fn(image) for every image, in parallel.
+template <class F>
+void for_each_image(int64_t images, const F& fn) {
+  torch::stable::parallel_for(0, images, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) fn(b);
+  });
+}
+
 // One thread leads and calls run(); the others assist() until it is done. A piece belongs to whoever claims it first,
 // so the leader gets through alone where no one else comes: nothing here waits for a thread to be started. Results do
 // not depend on who did what, as long as pieces write to different places.
@@ -60,10 +68,10 @@ class Team {
         for (int64_t b = 0; b < images; ++b) lead_image(b, team);
       });
     }
-    torch::stable::parallel_for(0, images, 1, [&](int64_t begin, int64_t end) {
+    cpu::for_each_image(images, [&](int64_t b) {
       Team alone;
       alone.alone_ = true;
-      for (int64_t b = begin; b < end; ++b) lead_image(b, alone);
+      lead_image(b, alone);
     });
   }
 
