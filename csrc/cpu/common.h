@@ -1,4 +1,4 @@
-// What the CPU kernels share: tensors made ready to be walked with plain pointers, dispatch on dtype.
+// What the CPU kernels share: masks, dispatch on dtype, checks of values.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -16,31 +16,12 @@
 #include <vector>
 
 #include "../checks.h"
+#include "../tensors.h"
 #include "cosines.h"
 #include "simd.h"
 #include "team.h"
 
 namespace lvtp::cpu {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-// Owning and contiguous, in `dtype`; the tensor itself where it already is.
-inline Tensor ready(const Tensor& t, ScalarType dtype) {
-  const Tensor same = t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
-  return same.is_contiguous() ? same : torch::stable::contiguous(same);
-}
-inline Tensor ready(const Tensor& t) { return ready(t, t.scalar_type()); }
-
-template <class T>
-const T* data(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
-template <class T>
-T* data_out(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
 
 inline Tensor empty_like_device(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
   return torch::stable::new_empty(like, shape, dtype);
@@ -48,11 +29,9 @@ inline Tensor empty_like_device(const Tensor& like, std::initializer_list<int64_
 
 // The row of a [B, N] bool mask that belongs to one image; without a mask every token is present.
 struct Mask {
-  std::optional<Tensor> tensor;
+  OptionalTensor tensor;
   int64_t n;
-  Mask(const OptionalTensor& mask, int64_t n) : n(n) {
-    if (mask) tensor = ready(*mask);
-  }
+  Mask(const OptionalTensor& mask, int64_t n) : tensor(ready(mask)), n(n) {}
   bool operator()(int64_t image, int64_t token) const { return !tensor || data<bool>(*tensor)[image * n + token]; }
   std::vector<int32_t> tokens(int64_t image) const {  // the real ones, ascending
     std::vector<int32_t> real;
