@@ -50,32 +50,40 @@ int64_t part_begin(int64_t tile_rows, int64_t part) {
   return std::lround(std::sqrt(static_cast<double>(part) / kParts) * static_cast<double>(tile_rows));
 }
 
-// From the last row up. With u the h of this step, y = C u and w = y - u (u.y) / 2, the step is C -= u w^T + w u^T. The
-// matrix passes through the processor once a step: that update and the next step's product are made in one pass.
+// From the last row up. With u the h of this step, y = C u and w = y - u (u.y) / 2, the step is C -= u w^T + w u^T.
+// Updates wait until kWaiting of them can be made in one pass through the matrix, which makes that step's product, too;
+// the steps between only read it. 576 rows, one thread, Xeon (Sapphire Rapids), 2026-11: 3.1 ms where every step wrote
+// it, 2.7 ms so, and no less with more of them.
 template <class T>
 Tridiagonal<T> tridiagonal(Team& team, const Tiles<T>& matrix) {
   const auto& loops = simd().eigen<T>();
+  constexpr int64_t kWaiting = EigenLoops<T>::kWaiting;
   Tridiagonal<T> out(matrix.rows);
   const int64_t n = matrix.rows, size = strips(n) * kTile;
-  const auto none = zeros<T>(size), w = zeros<T>(size);
+  const auto h = zeros<T>(kWaiting * size), w = zeros<T>(kWaiting * size);
   const Array<T> partial(kParts * size);
   double trace = 0.0;
   for (int64_t i = 0; i < n; ++i) trace += matrix.strip(i / kTile)[(i / kTile * kTile + i % kTile) * kTile + i % kTile];
   const double negligible = std::pow(1e-3 * std::numeric_limits<T>::epsilon() * trace, 2);
-  const T* h = none.get();  // of the step before
+  int64_t waiting = 0;
   for (int64_t k = n - 1; k >= 1; --k) {
     T* u = out.reflector(k);
-    loops.current_row(matrix.strip(k / kTile), k, h, w.get(), u);
+    loops.current_row(matrix.strip(k / kTile), k, h.get(), w.get(), size, waiting, u);
     out.diagonal[k] = u[k];
     std::fill(u + k, u + (k / kTile + 1) * kTile, T(0));
     out.beside[k] = reflector_of(u, k, negligible, loops);
 
     const int64_t tile_rows = strips(k), active = tile_rows * kTile;
+    const bool update = waiting == kWaiting;
     const auto multiply = [&](int64_t part) {
       T* y = partial.get() + part * size;
       std::fill_n(y, active, T(0));
       for (int64_t t = part_begin(tile_rows, part); t < part_begin(tile_rows, part + 1); ++t) {
-        loops.update_and_multiply(matrix.strip(t), t, h, w.get(), u, y);
+        if (update) {
+          loops.update_and_multiply(matrix.strip(t), t, h.get(), w.get(), size, u, y);
+        } else {
+          loops.multiply(matrix.strip(t), t, u, y);
+        }
       }
     };
     if (n >= kWorthSharing) {
@@ -83,11 +91,17 @@ Tridiagonal<T> tridiagonal(Team& team, const Tiles<T>& matrix) {
     } else {
       for (int64_t part = 0; part < kParts; ++part) multiply(part);
     }
-    loops.second_vector(partial.get(), size, u, active, w.get());
-    std::fill(w.get() + k, w.get() + active, T(0));
-    h = u;
+    if (update) waiting = 0;
+    loops.correct(h.get(), w.get(), size, waiting, u, active, partial.get());
+    T *next_h = h.get() + waiting * size, *next_w = w.get() + waiting * size;
+    loops.second_vector(partial.get(), size, u, active, next_w);
+    std::fill(next_w + k, next_w + active, T(0));
+    std::copy_n(u, active, next_h);
+    ++waiting;
   }
-  out.diagonal[0] = matrix.values[0] - 2 * h[0] * w[0];
+  T first[kTile];
+  loops.current_row(matrix.strip(0), 0, h.get(), w.get(), size, waiting, first);
+  out.diagonal[0] = first[0];
   return out;
 }
 

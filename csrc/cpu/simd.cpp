@@ -20,16 +20,17 @@ extern const Simd loops;
 static Isa find_isa() {
 #ifdef LVTP_X86
   __builtin_cpu_init();
-  const char* most = std::getenv("ATEN_CPU_CAPABILITY");
-  const auto allowed = [&](const char* capability) {
-    return !most || std::strcmp(most, "avx512") == 0 || std::strcmp(most, capability) == 0;
-  };
+  // As torch reads it: what is neither "default" nor "avx2" is no limit.
+  const char* set = std::getenv("ATEN_CPU_CAPABILITY");
+  const bool portable_only = set && std::strcmp(set, "default") == 0;
+  const bool avx2_only = set && std::strcmp(set, "avx2") == 0;
+  if (portable_only) return Isa::kPortable;
   const bool fma = __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  if (allowed("avx512") && fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+  if (!avx2_only && fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
     return Isa::kAvx512;
   }
-  if (allowed("avx2") && fma && __builtin_cpu_supports("avx2")) return Isa::kAvx2;
+  if (fma && __builtin_cpu_supports("avx2")) return Isa::kAvx2;
 #endif
   return Isa::kPortable;
 }

@@ -19,11 +19,17 @@ struct EigenLoops {
   // Columns that lie side by side in a block of vectors, [rows][kLanes].
   static constexpr int64_t kLanes = 64 / sizeof(T);
 
-  // Tiles of one tile row of a symmetric matrix: c -= h w^T + w h^T, then y += c u for the tiles and their mirror
-  // images.
-  void (*update_and_multiply)(T* tiles, int64_t tile_row, const T* h, const T* w, const T* u, T* y);
-  // Row k, in `tiles`, as that update would leave it -> row[0, k].
-  void (*current_row)(const T* tiles, int64_t k, const T* h, const T* w, T* row);
+  // Updates to a matrix that wait until all of them are made at once: c -= h w^T + w h^T, for h, w [kWaiting][stride].
+  static constexpr int64_t kWaiting = 2;
+
+  // y += c u for the tiles of one tile row of a symmetric matrix and their mirror images.
+  void (*multiply)(T* tiles, int64_t tile_row, const T* u, T* y);
+  // The same once all kWaiting updates are made.
+  void (*update_and_multiply)(T* tiles, int64_t tile_row, const T* h, const T* w, int64_t stride, const T* u, T* y);
+  // Row k, in `tiles`, as the first `waiting` updates would leave it -> row[0, k].
+  void (*current_row)(const T* tiles, int64_t k, const T* h, const T* w, int64_t stride, int64_t waiting, T* row);
+  // What the first `waiting` updates change in c u: y -= h (w.u) + w (h.u); size is a multiple of kTile.
+  void (*correct)(const T* h, const T* w, int64_t stride, int64_t waiting, const T* u, int64_t size, T* y);
   // a.b; size is a multiple of kTile.
   T (*dot)(const T* a, const T* b, int64_t size);
   // w = (y0 + y1 + y2 + y3) - h (h.y) / 2, where the four lie `stride` apart; size is a multiple of kTile.

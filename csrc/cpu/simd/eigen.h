@@ -5,39 +5,78 @@
 
 namespace lvtp::cpu::LVTP_ISA {
 
-template <class T>
-inline void update_and_multiply(T* tiles, int64_t tile_row, const T* h, const T* w, const T* u, T* y) {
+// A matrix larger than the first cache costs what moving it costs; reading alone is less than half of that.
+template <int64_t kUpdates, class T>
+inline void pass(T* tiles, int64_t tile_row, const T* h, const T* w, int64_t stride, const T* u, T* y) {
   using V = Vector<T>;
   constexpr int64_t kRows = LVTP_BYTES == 64 ? 8 : 4;  // at a time: as registers allow
   const int64_t first = tile_row * kTile;
   for (int64_t r0 = 0; r0 < kTile; r0 += kRows) {
-    const T *hi = h + first + r0, *wi = w + first + r0, *ui = u + first + r0;
-    V sum[kRows] = {};
+    const T *hi = h + first + r0, *wi = w + first + r0;
+    V sum[kRows] = {}, ui[kRows];
+    for (int64_t r = 0; r < kRows; ++r) ui[r] = V{} + u[first + r0 + r];
     for (int64_t j = 0; j < first + kTile; j += kWidth<T>) {
       T* column = tiles + j / kTile * kTile * kTile + r0 * kTile + j % kTile;
-      const V hj = load<V>(h + j), wj = load<V>(w + j), uj = load<V>(u + j);
-      V yj = load<V>(y + j);
+      const V uj = load<V>(u + j);
+      V yj = load<V>(y + j), hj[kUpdates + 1], wj[kUpdates + 1];
+#pragma GCC unroll 4
+      for (int64_t p = 0; p < kUpdates; ++p) {
+        hj[p] = load<V>(h + p * stride + j);
+        wj[p] = load<V>(w + p * stride + j);
+      }
 #pragma GCC unroll 8
       for (int64_t r = 0; r < kRows; ++r) {
         V c = load<V>(column + r * kTile);
-        c -= hi[r] * wj;
-        c -= wi[r] * hj;
-        store(column + r * kTile, c);
+#pragma GCC unroll 4
+        for (int64_t p = 0; p < kUpdates; ++p) {
+          c -= hi[p * stride + r] * wj[p];
+          c -= wi[p * stride + r] * hj[p];
+        }
+        if (kUpdates > 0) store(column + r * kTile, c);
         sum[r] += c * uj;
         yj += c * ui[r];
       }
       if (j < first) store(y + j, yj);  // a diagonal tile is its own mirror image
     }
-    for (int64_t r = 0; r < kRows; ++r) y[first + r0 + r] += total<T>(sum[r]);
+    add_totals<T>(sum, y + first + r0);
   }
 }
 
 template <class T>
-inline void current_row(const T* tiles, int64_t k, const T* h, const T* w, T* row) {
+inline void multiply(T* tiles, int64_t tile_row, const T* u, T* y) {
+  pass<0>(tiles, tile_row, u, u, 0, u, y);
+}
+
+template <class T>
+inline void update_and_multiply(T* tiles, int64_t tile_row, const T* h, const T* w, int64_t stride, const T* u, T* y) {
+  pass<EigenLoops<T>::kWaiting>(tiles, tile_row, h, w, stride, u, y);
+}
+
+template <class T>
+inline void current_row(const T* tiles, int64_t k, const T* h, const T* w, int64_t stride, int64_t waiting, T* row) {
   using V = Vector<T>;
   for (int64_t j = 0; j <= k; j += kWidth<T>) {
-    const V c = load<V>(tiles + j / kTile * kTile * kTile + k % kTile * kTile + j % kTile);
-    store(row + j, c - (h[k] * load<V>(w + j) + w[k] * load<V>(h + j)));
+    V c = load<V>(tiles + j / kTile * kTile * kTile + k % kTile * kTile + j % kTile);
+    for (int64_t p = 0; p < waiting; ++p) {
+      c -= h[p * stride + k] * load<V>(w + p * stride + j) + w[p * stride + k] * load<V>(h + p * stride + j);
+    }
+    store(row + j, c);
+  }
+}
+
+template <class T>
+inline void correct(const T* h, const T* w, int64_t stride, int64_t waiting, const T* u, int64_t size, T* y) {
+  using V = Vector<T>;
+  for (int64_t p = 0; p < waiting; ++p, h += stride, w += stride) {
+    V hu = {}, wu = {};
+    for (int64_t j = 0; j < size; j += kWidth<T>) {
+      hu += load<V>(h + j) * load<V>(u + j);
+      wu += load<V>(w + j) * load<V>(u + j);
+    }
+    const T of_h = total<T>(wu), of_w = total<T>(hu);
+    for (int64_t j = 0; j < size; j += kWidth<T>) {
+      store(y + j, load<V>(y + j) - (of_h * load<V>(h + j) + of_w * load<V>(w + j)));
+    }
   }
 }
 

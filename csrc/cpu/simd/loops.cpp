@@ -20,9 +20,10 @@ const Simd loops = {
     centre_each,
     accumulate,
     eight_eigenpairs,
-    {update_and_multiply<float>, current_row<float>, dot<float>, second_vector<float>, scale<float>, reflect<float>},
-    {update_and_multiply<double>, current_row<double>, dot<double>, second_vector<double>, scale<double>,
-     reflect<double>},
+    {multiply<float>, update_and_multiply<float>, current_row<float>, correct<float>, dot<float>, second_vector<float>,
+     scale<float>, reflect<float>},
+    {multiply<double>, update_and_multiply<double>, current_row<double>, correct<double>, dot<double>,
+     second_vector<double>, scale<double>, reflect<double>},
 };
 
 }  // namespace lvtp::cpu::LVTP_ISA

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 #include "../simd.h"
 
@@ -33,6 +34,30 @@ inline V load(const T* p) {
 template <class V, class T>
 inline void store(T* p, V v) {
   *reinterpret_cast<V*>(p) = v;
+}
+
+// Sums of neighbouring lanes: a's, then b's.
+template <class V, int... Lane>
+inline V pair_sums(V a, V b, std::integer_sequence<int, Lane...>) {
+  return __builtin_shufflevector(a, b, 2 * Lane...) + __builtin_shufflevector(a, b, (2 * Lane + 1)...);
+}
+
+// out[r] += the sum of the lanes of v[r]: of all at once, because one by one costs a shuffle and a sum a lane.
+template <class T, int64_t kCount>
+inline void add_totals(Vector<T> (&v)[kCount], T* out) {
+  constexpr std::make_integer_sequence<int, kWidth<T>> lanes{};
+  int64_t count = kCount;
+#pragma GCC unroll 4
+  for (int64_t summed = 1; summed < kWidth<T>; summed *= 2) {
+    if (count == 1) {
+      v[0] = pair_sums(v[0], v[0], lanes);
+      continue;
+    }
+    count /= 2;
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < count; ++i) v[i] = pair_sums(v[2 * i], v[2 * i + 1], lanes);
+  }
+  for (int64_t r = 0; r < kCount; ++r) out[r] += v[r / kWidth<T>][r % kWidth<T>];
 }
 
 // The sum of the lanes, in a fixed order.
