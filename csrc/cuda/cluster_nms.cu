@@ -4,6 +4,8 @@ namespace lvtp::cuda {
 namespace {
 
 constexpr int kThreads = 128, kRegisters = 2;
+constexpr int kBlocks =
+    8;  // of suppress_in_groups on a multiprocessor; unasked, the compiler aims at more of them and spills
 constexpr int kNoGroup = -1;
 
 // leader[j]: the lowest real token with j's label, which stands for their group; labels need no bound then. A warp a
@@ -48,7 +50,7 @@ __device__ int gather_members(const int* leader, int j, int n, int lane, int*& m
 
 // Groups never interact: the warp of each group's leader runs the greedy loop on its members alone.
 template <class T>
-__global__ void __launch_bounds__(kThreads) suppress_in_groups(
+__global__ void __launch_bounds__(kThreads, kBlocks) suppress_in_groups(
     const float* __restrict__ scores, const T* __restrict__ similarity, const float* __restrict__ thresholds,
     float threshold, const int* __restrict__ leader, int64_t tokens, int n, int* members, Slot<GroupNms>* slots,
     bool* __restrict__ kept) {

@@ -9,9 +9,7 @@ static Tensor cosine_similarity_op(Tensor features) {
   if (b == 0) return out;
   const DeviceGuard guard(features.get_device_index());
   const auto x = ready(features);
-  const auto scale = torch::stable::new_empty(features, {b, n}, ScalarType::Float);
-  STD_CUDA_CHECK(cosine_similarity(
-      x.const_data_ptr(), dtype_of(x), b, n, d, data_out<float>(scale), data_out<float>(out), current_stream(x)));
+  STD_CUDA_CHECK(cosine_similarity(x.const_data_ptr(), dtype_of(x), b, n, d, data_out<float>(out), current_stream(x)));
   return out;
 }
 

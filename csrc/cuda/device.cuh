@@ -25,23 +25,27 @@ __device__ T warp_sum(T v) {
   return v;
 }
 
-// scale[i] = 1 / max(||x_i||, 1e-12), or 0 for a token that is all zero or not finite. One warp a token; the sum is in
+// 1 / max(||x||, 1e-12) of one token, or 0 where it is all zero or not finite, in every lane of a warp. The sum is in
 // double, so finite features never overflow.
+template <class T>
+__device__ float unit_scale_of(const T* x, int64_t d, int lane) {
+  double sum = 0.0;
+  for (int64_t c = lane; c < d; c += 32) {
+    const double v = value(x[c]);
+    sum += v * v;
+  }
+  sum = warp_sum(sum);
+  return isfinite(sum) && sum > 0.0 ? 1.0f / fmaxf(static_cast<float>(sqrt(sum)), 1e-12f) : 0.0f;
+}
+
+// A warp a token.
 template <class T>
 __global__ void unit_scale(const T* __restrict__ x, int64_t tokens, int64_t d, float* __restrict__ scale) {
   const int64_t token = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
   if (token >= tokens) return;  // the whole warp
   const int lane = threadIdx.x % 32;
-  double sum = 0.0;
-  for (int64_t c = lane; c < d; c += 32) {
-    const double v = value(x[token * d + c]);
-    sum += v * v;
-  }
-  sum = warp_sum(sum);
-  if (lane == 0) {
-    const bool usable = isfinite(sum) && sum > 0.0;
-    scale[token] = usable ? 1.0f / fmaxf(static_cast<float>(sqrt(sum)), 1e-12f) : 0.0f;
-  }
+  const float s = unit_scale_of(x + token * d, d, lane);
+  if (lane == 0) scale[token] = s;
 }
 
 template <class T>

@@ -137,19 +137,26 @@ __device__ int64_t greedy(
     if (team.thread() == 0) take(step, i);
 
     const bool matters = rule.matters(pick.state) && step + 1 < k;
-    const auto update = [&](State& s, int j) {
-      if (matters && rule.touches(s, pick.state)) rule.update(s, pick.state, similarity(j, i));
-    };
+    const auto changes = [&](const State& s) { return matters && rule.touches(s, pick.state); };
+    constexpr int kAtOnce = kRegisters < 4 ? kRegisters : 4;  // read before any is used: one trip to memory for all
 #pragma unroll
-    for (int p = 0; p < kRegisters; ++p) {
-      const int j = team.thread() + p * team.size();
-      if (j == i) out |= 1u << p;
-      if (!(out >> p & 1)) update(state[p], j);
+    for (int first = 0; first < kRegisters; first += kAtOnce) {
+      float row[kAtOnce] = {};
+#pragma unroll
+      for (int p = first; p < first + kAtOnce; ++p) {
+        const int j = team.thread() + p * team.size();
+        if (j == i) out |= 1u << p;
+        if (!(out >> p & 1) && changes(state[p])) row[p - first] = similarity(j, i);
+      }
+#pragma unroll
+      for (int p = first; p < first + kAtOnce; ++p) {
+        if (!(out >> p & 1) && changes(state[p])) rule.update(state[p], pick.state, row[p - first]);
+      }
     }
     for (int j = first_slot; j < n; j += team.size()) {
       Slot<Rule>& slot = slots[j - in_registers];
       if (j == i) slot.out = true;
-      if (!slot.out) update(slot.state, j);
+      if (!slot.out && changes(slot.state)) rule.update(slot.state, pick.state, similarity(j, i));
     }
   }
   return k;

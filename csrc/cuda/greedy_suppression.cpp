@@ -12,7 +12,7 @@ static Tensor greedy_suppression_op(Tensor scores, Tensor similarity, int64_t k,
   const auto real = ready(mask);
   const auto scratch = workspace(s, greedy_suppression_workspace(b, n));
   STD_CUDA_CHECK(greedy_suppression(
-      data<float>(s), sim.const_data_ptr(), dtype_of(sim), data_or_null(real), b, n, k, gamma,
+      data<float>(s), false, sim.const_data_ptr(), dtype_of(sim), data_or_null(real), b, n, k, gamma,
       scratch.mutable_data_ptr(), data_out<int64_t>(picks), current_stream(s)));
   return picks;
 }

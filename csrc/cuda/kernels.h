@@ -11,12 +11,12 @@ namespace lvtp::cuda {
 
 enum class Dtype { kFloat, kHalf, kBFloat16 };
 
-// features [images, n, d] -> out fp32 [images, n, n]; scale is workspace, fp32 [images, n].
+// features [images, n, d] -> out fp32 [images, n, n].
 cudaError_t cosine_similarity(
-    const void* features, Dtype dtype, int64_t images, int64_t n, int64_t d, float* scale, float* out,
-    cudaStream_t stream);
+    const void* features, Dtype dtype, int64_t images, int64_t n, int64_t d, float* out, cudaStream_t stream);
 
-// (scale_i x_i) . (scale_j x_j) -> out fp32 [images, n, n]; a token whose scale is 0 is the zero vector.
+// (scale_i x_i) . (scale_j x_j) -> out fp32 [images, n, n]; a token whose scale is 0 is the zero vector. The others'
+// dot products must fit in fp32.
 cudaError_t scaled_gram(
     const void* features, Dtype dtype, const float* scale, int64_t images, int64_t n, int64_t d, float* out,
     cudaStream_t stream);
@@ -27,11 +27,12 @@ cudaError_t mean_similarity(
     const void* features, Dtype dtype, const bool* mask, int64_t images, int64_t n, int64_t d, void* workspace,
     float* out, cudaStream_t stream);
 
-// scores [images, n], similarity [images, n, n] of `dtype`, mask [images, n] -> picks [images, k].
+// scores [images, n], similarity [images, n, n] of `dtype`, mask [images, n] -> picks [images, k]. Scores that are
+// `raw` are importance, which is scaled first.
 int64_t greedy_suppression_workspace(int64_t images, int64_t n);
 cudaError_t greedy_suppression(
-    const float* scores, const void* similarity, Dtype dtype, const bool* mask, int64_t images, int64_t n, int64_t k,
-    double gamma, void* workspace, int64_t* picks, cudaStream_t stream);
+    const float* scores, bool raw, const void* similarity, Dtype dtype, const bool* mask, int64_t images, int64_t n,
+    int64_t k, double gamma, void* workspace, int64_t* picks, cudaStream_t stream);
 
 // scores, labels, mask [images, n], similarity [images, n, n] of `dtype` -> kept [images, n]. The threshold is
 // thresholds[image], or `threshold` where that pointer is null.

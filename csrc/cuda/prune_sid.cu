@@ -172,7 +172,7 @@ cudaError_t prune_sid(
 
   LVTP_TRY(mean_similarity(features, dtype, mask, images, n, d, p.scratch, p.rho, stream));
   LVTP_TRY(launch(set_thresholds, blocks(ceil_div(images, kSmall)), kSmall, 0, stream, images, budget, p.rho));
-  LVTP_TRY(cosine_similarity(features, dtype, images, n, d, p.scale, p.similarity, stream));
+  LVTP_TRY(cosine_similarity(features, dtype, images, n, d, p.similarity, stream));
   LVTP_TRY(cluster_nms(
       scores, p.labels, p.similarity, Dtype::kFloat, p.rho, 0.0f, mask, images, n, p.scratch, p.kept, stream));
 

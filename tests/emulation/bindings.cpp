@@ -47,11 +47,9 @@ PYBIND11_MODULE(MODULE_NAME, m) {
   m.def("psca_workspace", &psca_workspace);
   m.def("prune_sid_workspace", &prune_sid_workspace);
 
-  m.def(
-      "cosine_similarity",
-      [](Address x, const std::string& type, int64_t b, int64_t n, int64_t d, Address scale, Address out) {
-        check(cosine_similarity(at<void>(x), dtype(type), b, n, d, at<float>(scale), at<float>(out), nullptr));
-      });
+  m.def("cosine_similarity", [](Address x, const std::string& type, int64_t b, int64_t n, int64_t d, Address out) {
+    check(cosine_similarity(at<void>(x), dtype(type), b, n, d, at<float>(out), nullptr));
+  });
   m.def(
       "mean_similarity", [](Address x, const std::string& type, Address mask, int64_t b, int64_t n, int64_t d,
                             Address workspace, Address out) {
@@ -62,8 +60,8 @@ PYBIND11_MODULE(MODULE_NAME, m) {
       "greedy_suppression", [](Address scores, Address similarity, const std::string& type, Address mask, int64_t b,
                                int64_t n, int64_t k, double gamma, Address workspace, Address picks) {
         check(greedy_suppression(
-            at<float>(scores), at<void>(similarity), dtype(type), at<bool>(mask), b, n, k, gamma, at<void>(workspace),
-            at<int64_t>(picks), nullptr));
+            at<float>(scores), false, at<void>(similarity), dtype(type), at<bool>(mask), b, n, k, gamma,
+            at<void>(workspace), at<int64_t>(picks), nullptr));
       });
   m.def(
       "cluster_nms", [](Address scores, Address labels, Address similarity, const std::string& type, Address thresholds,

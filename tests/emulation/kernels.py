@@ -48,8 +48,7 @@ class _Workspace:
 def cosine_similarity(features):
     b, n, d = features.shape
     x, out = _contiguous(features), torch.full((b, n, n), -7.0)
-    with _Workspace(4 * b * n) as scale:
-        module().cosine_similarity(_address(x), _type(x), b, n, d, scale, _address(out))
+    module().cosine_similarity(_address(x), _type(x), b, n, d, _address(out))
     return out
 
 

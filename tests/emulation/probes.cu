@@ -4,8 +4,11 @@
 #include <stdexcept>
 
 #include "../../csrc/cuda/launch.h"
+#include "../../csrc/cuda/ptx.cuh"
 
 namespace {
+
+using namespace lvtp::cuda;
 
 __global__ void indices(int* out) { out[blockIdx.x * blockDim.x + threadIdx.x] = static_cast<int>(threadIdx.x); }
 
@@ -89,6 +92,61 @@ __global__ void cluster_neighbours(int* out) {
   simt::cluster_barrier(site);
 }
 
+// What a thread sees of two groups of copies, the second of zeros: before a wait, after one for the first group, and
+// after one for both.
+__global__ void copies(int* out) {
+  const auto t = static_cast<int>(threadIdx.x);
+  alignas(16) static const int source[4] = {1, 2, 3, 4};
+  auto* mine = reinterpret_cast<int*>(dynamic_shared()) + t;
+  *mine = 7;
+  cp_async<4>(mine, source + t % 4, t < 32);
+  cp_async_commit();
+  const int at_once = *mine;
+  cp_async_wait<1>();
+  const int still = *mine;
+  cp_async_wait<0>();
+  out[t] = at_once != 7 && at_once == still && *mine == (t < 32 ? t % 4 + 1 : 0);
+}
+
+// A 16 x 16 product on the tensor cores, small integers in bf16 and tf32, against the sum itself.
+template <class T>
+__device__ int wrong_products() {
+  constexpr int kDepth = 32 / sizeof(T);
+  alignas(16) __shared__ T a[16][kDepth], b[16][kDepth];
+  const auto lane = static_cast<int>(threadIdx.x % 32);
+  const auto left = [](int r, int k) { return static_cast<float>((r * 7 + k * 3) % 11); };
+  const auto right = [](int r, int k) { return static_cast<float>((r * 5 + k * k) % 13 - 6); };
+  for (int e = lane; e < 16 * kDepth; e += 32) {
+    const int r = e / kDepth, k = e % kDepth;
+    if constexpr (sizeof(T) == 4) {
+      a[r][k] = left(r, k), b[r][k] = right(r, k);
+    } else {
+      a[r][k] = __float2bfloat16(left(r, k)), b[r][k] = __float2bfloat16(right(r, k));
+    }
+  }
+  __syncwarp();
+  const auto half_row = [lane](auto& tile) { return &tile[lane % 16][lane / 16 * (kDepth / 2)]; };
+  const Fragment rows = load_fragment(half_row(a)), columns = load_fragment(half_row(b));
+  float c[2][4] = {};
+  for (float& start : c[0]) start = 100.0f;
+  mma<T, 0>(c[0], rows, columns);
+  mma<T, 1>(c[1], rows, columns);
+  int wrong = 0;
+  for (int e = 0; e < 8; ++e) {
+    const int r = e / 2 % 2 * 8 + lane / 4, j = e / 4 * 8 + lane % 4 * 2 + e % 2;
+    float sum = e < 4 ? 100.0f : 0.0f;
+    for (int k = 0; k < kDepth; ++k) sum += left(r, k) * right(j, k);
+    wrong += sum != c[e / 4][e % 4];
+  }
+  return wrong;
+}
+
+__global__ void tensor_cores(int* out) {
+  out[threadIdx.x] = threadIdx.x < 32 ? wrong_products<__nv_bfloat16>() : wrong_products<float>();
+}
+
+__global__ void misaligned_copy(int*) { cp_async<16>(dynamic_shared() + 4, dynamic_shared(), true); }
+
 __global__ void some_threads_skip_a_barrier(int*) {
   if (threadIdx.x != 7) __syncthreads();
 }
@@ -139,6 +197,9 @@ void simt_probe(const std::string& name, int* out) {
       {"votes_of_a_block", {votes_of_a_block, 1, 64, 1}},
       {"atomics", {atomics, 2, 64, 1}},
       {"cluster_neighbours", {cluster_neighbours, 8, 64, 4}},
+      {"copies", {copies, 1, 64, 1}},
+      {"tensor_cores", {tensor_cores, 1, 64, 1}},
+      {"misaligned_copy", {misaligned_copy, 1, 32, 1}},
       {"some_threads_skip_a_barrier", {some_threads_skip_a_barrier, 1, 64, 1}},
       {"two_barriers_at_once", {two_barriers_at_once, 1, 64, 1}},
       {"a_lane_does_not_come", {a_lane_does_not_come, 1, 32, 1}},

@@ -31,6 +31,12 @@ namespace {
 
 enum class State { kReady, kAtBlockBarrier, kAtCollective, kAtClusterBarrier, kExited };
 
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes, group;
+};
+
 struct Thread {
   Context context;
   State state = State::kReady;
@@ -40,7 +46,9 @@ struct Thread {
   uint64_t deposit = 0;
   bool predicate = false;
   int count = 0;
-  std::array<uint64_t, 32> seen{};
+  Deposits seen{};
+  std::vector<Copy> copies;  // on their way
+  size_t groups = 0;         // of copies that have been ended
 };
 
 struct Block {
@@ -334,7 +342,7 @@ void* shared_of(void* mine, unsigned rank) {
   return is_static ? other.shared_low + (at - me.shared_low) : other.dynamic + (at - me.dynamic);
 }
 
-const std::array<uint64_t, 32>& exchange(const Site& site, unsigned mask, uint64_t deposit) {
+const Deposits& exchange(const Site& site, unsigned mask, uint64_t deposit, void (*together)(const Deposits&)) {
   Thread& me = *machine.thread;
   Block& block = *machine.block;
   if (is_removed(site)) return me.seen;
@@ -366,9 +374,33 @@ const std::array<uint64_t, 32>& exchange(const Site& site, unsigned mask, uint64
       }
       block.ready(t);
     }
+    if (together != nullptr) together(me.seen);
   }
   yield();
   return me.seen;
+}
+
+void copy_async(void* to, const void* from, size_t bytes) {
+  memset(to, poison(), bytes);
+  machine.thread->copies.push_back({to, from, bytes, machine.thread->groups});
+}
+
+void end_copies() { ++machine.thread->groups; }
+
+void await_copies(const Site& site, size_t pending) {
+  if (is_removed(site)) return;
+  note(site);
+  Thread& me = *machine.thread;
+  const auto waits = [&](const Copy& copy) { return copy.group + pending >= me.groups; };
+  for (const Copy& copy : me.copies) {
+    if (waits(copy)) break;
+    if (copy.from != nullptr) {
+      memcpy(copy.to, copy.from, copy.bytes);
+    } else {
+      memset(copy.to, 0, copy.bytes);
+    }
+  }
+  me.copies.erase(me.copies.begin(), std::find_if(me.copies.begin(), me.copies.end(), waits));
 }
 
 int block_barrier(const Site& site, bool predicate) {

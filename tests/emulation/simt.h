@@ -7,10 +7,13 @@
 //     barrier. Blocks run one after the other; those of a cluster run together and can reach each other's shared
 //     memory.
 //   - which thread goes on is drawn from a seed: odd seeds let one favoured thread run as far ahead as it can, even
-//   seeds
-//     draw a new one every time. A missing barrier is therefore a wrong result under some seed.
+//   ones
+//     draw anew every time. A missing barrier is therefore a wrong result under some seed.
 //   - shared memory, static and dynamic, is filled with a poison that depends on the seed before each block.
 //   - any barrier can be removed at run time, named by file and line (remove_barrier), which proves the tests' worth.
+//   - an asynchronous copy destroys its destination when it is issued and brings the bytes when its thread waits for
+//   them.
+//     Waits for copies can be removed like barriers. include/ptx.h has these and the tensor cores' fragments.
 //   - a wait that cannot end is an exception that says who waits where. It is stricter than the hardware: all threads
 //   of
 //     a block take part in a barrier, at the same line; all lanes named by a mask arrive, with the same mask.
@@ -69,11 +72,18 @@ struct Site {  // where a barrier or collective stands in the source
   int line;
 };
 
-// Waits for the lanes in `mask`, and returns what each deposited.
-const std::array<uint64_t, 32>& exchange(const Site& site, unsigned mask, uint64_t deposit);
+// Waits for the lanes in `mask`, and returns what each deposited. The last to come does `together`, while all wait.
+using Deposits = std::array<uint64_t, 32>;
+const Deposits& exchange(
+    const Site& site, unsigned mask, uint64_t deposit, void (*together)(const Deposits&) = nullptr);
 // Waits for the block, and returns for how many of its threads `predicate` holds.
 int block_barrier(const Site& site, bool predicate);
 void cluster_barrier(const Site& site);
+// A copy of this thread's (zeros where `from` is null), which belongs to the group that end_copies() ends;
+// await_copies() brings all but the last `pending` groups.
+void copy_async(void* to, const void* from, size_t bytes);
+void end_copies();
+void await_copies(const Site& site, size_t pending);
 [[noreturn]] void fail(const Site& site, const char* why);
 
 unsigned lane();

@@ -55,9 +55,38 @@ def test_cosine_similarity_sizes(seed, n):
     assert_close(kernels.cosine_similarity(x), lvtp.reference.cosine_similarity(x), rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("d", [1, 3, 8, 12, 33, 200, 513, 1000])
+def test_cosine_similarity_of_rows_of_any_length(seed, d):
+    """Copied 16, 4 or 2 bytes at a time, and through all the buffers."""
+    for dtype in DTYPES:
+        x = clustered_features(1, 70, d, seed=d, dtype=dtype)
+        assert_close(kernels.cosine_similarity(x), lvtp.reference.cosine_similarity(x), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_cosine_similarity_in_large_tiles(dtype):
+    """Enough of them fill a device; each sum is that of the small tiles."""
+    kernels.module().set_seed(1)
+    x = clustered_features(12, 289, 72, dtype=dtype)
+    sim = kernels.cosine_similarity(x)
+    assert_close(sim, lvtp.reference.cosine_similarity(x), rtol=0, atol=2e-6)
+    assert torch.equal(sim, sim.mT)
+    assert torch.equal(sim[-1:], kernels.cosine_similarity(x[-1:]))
+
+
 def test_cosine_similarity_of_bad_features(seed):
     x = hostile_features(70)
-    assert_close(kernels.cosine_similarity(x), lvtp.reference.cosine_similarity(x), rtol=0, atol=2e-6)
+    for features in (x, x.bfloat16(), x * 1e-12):
+        sim = kernels.cosine_similarity(features)
+        assert_close(sim, lvtp.reference.cosine_similarity(features), rtol=0, atol=2e-6)
+        assert torch.equal(sim, sim.mT)
+
+
+def test_cosine_similarity_of_misaligned_features(seed):
+    for dtype in DTYPES:
+        room = torch.zeros(1 + 40 * 64, dtype=dtype)
+        x = room[1:].view(1, 40, 64).copy_(clustered_features(1, 40, 64))
+        assert_close(kernels.cosine_similarity(x), lvtp.reference.cosine_similarity(x), rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("n", SIZES)

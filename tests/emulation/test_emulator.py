@@ -74,6 +74,14 @@ def test_atomics(seed):
     assert 1 <= first <= 64
 
 
+def test_asynchronous_copies_arrive_when_they_are_waited_for_and_not_before(seed):
+    assert probe("copies")[:64] == [1] * 64
+
+
+def test_tensor_core_fragments_are_laid_out_as_ptx_says(seed):
+    assert probe("tensor_cores")[:64] == [0] * 64
+
+
 @pytest.mark.skipif(build.ASAN, reason="AddressSanitizer's build shares static memory between the blocks of a cluster")
 def test_the_blocks_of_a_cluster_reach_each_others_shared_memory(seed):
     ring = [1, 2, 3, 0, 5, 6, 7, 4]
@@ -89,6 +97,7 @@ def test_the_blocks_of_a_cluster_reach_each_others_shared_memory(seed):
                                  r"__syncthreads at probes\.cu:\d+"),
         ("a_lane_does_not_come", r"names a lane that has exited|1 threads, the first of them \(3, 0, 0\), have exited"),
         ("masks_differ", r"names a lane that waits, with a mask of its own, in __shfl_sync at probes\.cu:\d+"),
+        ("misaligned_copy", r"cp_async at probes\.cu:\d+ is misaligned"),
         ("reads_an_unnamed_lane", r"__shfl_sync at probes\.cu:\d+ reads a lane that its mask does not name"),
         ("barrier_against_shuffle", r"deadlock: .*16 threads.*__shfl_sync at .*16 threads.*__syncthreads at"),
         ("half_a_cluster_waits", r"deadlock: block \(1, 0, 0\): 32 threads, .* wait in cluster barrier at probes\.cu"),
