@@ -38,6 +38,19 @@ def test_a_token_that_is_not_finite_or_zero_resembles_nothing(backend, device, d
     assert (lvtp.cosine_similarity(x)[1, :, 7] == 0).all()
 
 
+@pytest.mark.parametrize("d", [1, 3, 8, 12, 33, pytest.param(513, marks=pytest.mark.large)])
+def test_rows_of_any_length(backend, device, dtype, d):
+    x = clustered_features(2, 70, d, seed=d, dtype=dtype, device=device)
+    wanted = torch.stack([torch.from_numpy(oracle.similarity(image)) for image in oracle.as_float64(x)])
+    assert_close(lvtp.cosine_similarity(x).cpu().double(), wanted, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("scale", [2.0**100, 2.0**-35])
+def test_length_does_not_matter_in_bfloat16(backend, device, scale):
+    x = clustered_features(1, 100, 32, dtype=torch.bfloat16, device=device)
+    assert_close(lvtp.cosine_similarity(x * scale), lvtp.cosine_similarity(x), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("scale", [1e30, 1e36, 1e-9])
 def test_length_does_not_matter(backend, device, scale):
     x = clustered_features(1, 20, 32, device=device)

@@ -16,8 +16,7 @@ namespace {
 constexpr int kThreads = 128;   // four warps, two by two, each a quarter of the tile
 constexpr int kRowBytes = 128;  // of a token in one stage
 constexpr int kPiece = 16;      // bytes; pieces of a row are permuted, so that 8 rows' lie in different banks
-constexpr int kFragmentBytes = 32;
-constexpr int kSlices = kRowBytes / kFragmentBytes;
+constexpr int kSlices = kRowBytes / (2 * kPiece);  // a fragment's depth is two pieces
 
 // How many stages are in shared memory at a time, and blocks of which size on a multiprocessor.
 template <int kTile>
@@ -36,34 +35,49 @@ __device__ inline int place(int row, int piece) { return row * kRowBytes + (piec
 // last token. `width`, the bytes that can be copied at once: 16, 4, or 2, for which there is no asynchronous copy.
 template <int kTile>
 __device__ void load_rows(const char* x, int count, int64_t row_bytes, int64_t at, int width, char* shared) {
-  constexpr int kPieces = kRowBytes / kPiece;
-  const int piece = threadIdx.x % kPieces;
+  constexpr int kPieces = kRowBytes / kPiece, kStep = kThreads / kPieces, kTurns = kTile / kStep;
+  const int piece = threadIdx.x % kPieces, own = threadIdx.x / kPieces;
   at += piece * kPiece;
+  x += own * row_bytes + at;
+  shared += place(own, piece);
+  if (width == kPiece) {
 #pragma unroll
-  for (int r = threadIdx.x / kPieces; r < kTile; r += kThreads / kPieces) {
-    const char* const from = x + r * row_bytes + at;
-    const int64_t left = r < count ? row_bytes - at : 0;
-    char* const to = shared + place(r, piece);
-    if (width == kPiece) {
-      cp_async<16>(to, left > 0 ? from : x, left > 0);
-    } else if (width == 4) {
-      for (int b = 0; b < kPiece; b += 4) cp_async<4>(to + b, left > b ? from + b : x, left > b);
-    } else {
-      for (int b = 0; b < kPiece; b += 2) {
-        *reinterpret_cast<uint16_t*>(to + b) = left > b ? *reinterpret_cast<const uint16_t*>(from + b) : uint16_t{0};
+    for (int turn = 0; turn < kTurns; ++turn) {  // kStep is a multiple of 8: a piece keeps its place in the row
+      cp_async<16>(shared + turn * kStep * kRowBytes, x, own + turn * kStep < count && at < row_bytes);
+      x += kStep * row_bytes;
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int turn = 0; turn < kTurns; ++turn) {
+#pragma unroll 1
+    for (int b = 0; b < kPiece; b += width) {
+      const bool there = own + turn * kStep < count && at + b < row_bytes;
+      char* const to = shared + turn * kStep * kRowBytes + b;
+      if (width == 4) {
+        cp_async<4>(to, x + b, there);
+      } else {
+        *reinterpret_cast<uint16_t*>(to) = there ? *reinterpret_cast<const uint16_t*>(x + b) : uint16_t{0};
       }
     }
+    x += kStep * row_bytes;
   }
 }
 
 template <class T>
-__device__ float squares(uint32_t word) {
-  T numbers[sizeof(word) / sizeof(T)];
-  memcpy(numbers, &word, sizeof(word));
-  float sum = 0.0f;
-#pragma unroll
-  for (const T v : numbers) sum += value(v) * value(v);
-  return sum;
+__device__ void add_squares(float& sum, uint32_t word) {
+  if constexpr (std::is_same_v<T, __half>) {
+    __half numbers[2];
+    memcpy(numbers, &word, sizeof(word));
+    for (const __half v : numbers) sum += value(v) * value(v);
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {  // the upper half of an fp32 number
+    const float low = __uint_as_float(word << 16), high = __uint_as_float(word & 0xffff0000u);
+    sum += low * low;
+    sum += high * high;
+  } else {
+    const float v = __uint_as_float(word);
+    sum += v * v;
+  }
 }
 
 // A fragment as factors: itself, or an fp32 one as the sum of two of tf32.
@@ -85,17 +99,21 @@ struct Factor<float> {
   }
 };
 
+// The products of a's 16 rows and the kHalf-th 8 of b's.
 template <int kHalf, class T>
 __device__ void multiply(float (&sum)[4], const Factor<T>& a, const Factor<T>& b) {
+  const auto add = [&](const Fragment& x, const Fragment& y) {
+    mma<T>(sum, x.word, y.word[2 * kHalf], y.word[2 * kHalf + 1]);
+  };
   if constexpr (std::is_same_v<T, float>) {
-    mma<T, kHalf>(sum, a.low, b.high);
-    mma<T, kHalf>(sum, a.high, b.low);
+    add(a.low, b.high);
+    add(a.high, b.low);
   }
-  mma<T, kHalf>(sum, a.high, b.high);
+  add(a.high, b.high);
 }
 
-// A warp's quarter of the tile, in registers: dot products of its rows and columns, and the squares of their lengths,
-// of which this warp gathers every other slice, as another one has the same rows, and another the same columns.
+// A warp's quarter of the tile, in registers: dot products of its rows and columns, and the squares of their lengths.
+// Another warp has the same rows, and another one the same columns, so each squares but half of what it holds of them.
 template <class T, int kTile>
 struct Quarter {
   static constexpr int kRows = kTile / 32, kColumns = kTile / 16;  // fragments' worth: 16 rows by 8 columns
@@ -103,29 +121,28 @@ struct Quarter {
   float dot[kRows][kColumns][4] = {};
   float row_squares[kRows][2] = {}, column_squares[kColumns] = {};
 
-  __device__ Fragment fragment(const char* tile, int first, int slice) const {
-    return load_fragment(tile + place(first + lane % 16, slice * (kFragmentBytes / kPiece) + lane / 16));
-  }
-
   __device__ void add(const char* rows, const char* columns) {
+    const LanePlace row = place_in_a(lane), column = place_in_b(lane);
+    rows += down * (kTile / 2) * kRowBytes;
+    columns += right * (kTile / 2) * kRowBytes;
     float sum[kRows][kColumns][4] = {};
 #pragma unroll 2
     for (int slice = 0; slice < kSlices; ++slice) {
+      // 16 rows on, a piece lies where it does here.
+      const char* const row_half = rows + place(row.row, slice * 2 + row.half);
+      const char* const column_half = columns + place(column.row, slice * 2 + column.half);
       Fragment a[kRows];
 #pragma unroll
       for (int m = 0; m < kRows; ++m) {
-        a[m] = fragment(rows, down * (kTile / 2) + m * 16, slice);
-        if (slice % 2 != right) continue;
-        row_squares[m][0] += squares<T>(a[m].word[0]) + squares<T>(a[m].word[2]);
-        row_squares[m][1] += squares<T>(a[m].word[1]) + squares<T>(a[m].word[3]);
+        a[m] = load_fragment(row_half + m * 16 * kRowBytes);
+        add_squares<T>(row_squares[m][0], right == 0 ? a[m].word[0] : a[m].word[2]);
+        add_squares<T>(row_squares[m][1], right == 0 ? a[m].word[1] : a[m].word[3]);
       }
 #pragma unroll
       for (int q = 0; q < kColumns; q += 2) {
-        const Fragment b = fragment(columns, right * (kTile / 2) + q * 8, slice);
-        if (slice % 2 == down) {
-          column_squares[q] += squares<T>(b.word[0]) + squares<T>(b.word[2]);
-          column_squares[q + 1] += squares<T>(b.word[1]) + squares<T>(b.word[3]);
-        }
+        const Fragment b = load_fragment(column_half + q * 8 * kRowBytes);
+        add_squares<T>(column_squares[q], down == 0 ? b.word[0] : b.word[1]);
+        add_squares<T>(column_squares[q + 1], down == 0 ? b.word[2] : b.word[3]);
         const Factor<T> factor(b);
 #pragma unroll
         for (int m = 0; m < kRows; ++m) {
@@ -211,6 +228,7 @@ __device__ void write_tile(
     if (row == 0.0f || column == 0.0f) return 0.0f;  // a NaN times 0 would stay NaN
     if (row > 0.0f && column > 0.0f) return dot[r][c] * (row * column);
     float sum = 0.0f;
+#pragma unroll 1
     for (int64_t at = 0; at < d; ++at) {
       sum += value(x[(i0 + r) * d + at]) * fabsf(row) * (value(x[(j0 + c) * d + at]) * fabsf(column));
     }
@@ -235,11 +253,10 @@ __global__ void __launch_bounds__(kThreads, Plan<kTile>::kBlocks) similarity_til
     float* __restrict__ out) {
   using P = Plan<kTile>;
   const int64_t image = blockIdx.x / tiles_per_image;
-  int64_t tile = blockIdx.x % tiles_per_image, across = (n + kTile - 1) / kTile, row = 0;
-  for (; tile >= across - row; ++row) tile -= across - row;
-  const int64_t i0 = row * kTile, j0 = (row + tile) * kTile;
+  auto tile = static_cast<int>(blockIdx.x % tiles_per_image), row = 0;
+  for (const auto across = static_cast<int>((n + kTile - 1) / kTile); tile >= across - row; ++row) tile -= across - row;
+  const int64_t i0 = int64_t{row} * kTile, j0 = int64_t{row + tile} * kTile;
   x += image * n * d;
-  out += image * n * n;
 
   char* const shared = dynamic_shared();
   const int64_t row_bytes = d * static_cast<int64_t>(sizeof(T));
@@ -256,6 +273,7 @@ __global__ void __launch_bounds__(kThreads, Plan<kTile>::kBlocks) similarity_til
     if (stage < stages && second != 0) load_rows<kTile>(columns, column_count, row_bytes, at, width, to + second);
     cp_async_commit();  // an empty group keeps the count
   };
+#pragma unroll 1
   for (int stage = 0; stage < P::kStages - 1; ++stage) load(stage);
   Quarter<T, kTile> quarter;
   for (int stage = 0; stage < stages; ++stage) {
@@ -273,7 +291,7 @@ __global__ void __launch_bounds__(kThreads, Plan<kTile>::kBlocks) similarity_til
   __syncthreads();  // all squares are entered, and the stages are no longer read
   quarter.enter_dots(dot);
   find_units<T, kTile>(square, x, given != nullptr ? given + image * n : nullptr, i0, j0, n, d, unit);
-  write_tile<T, kTile>(dot, unit, x, i0, j0, n, d, out);
+  write_tile<T, kTile>(dot, unit, x, i0, j0, n, d, out + image * n * n);
 }
 
 template <int kTile, class T>

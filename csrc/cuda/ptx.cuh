@@ -1,5 +1,6 @@
 // What only PTX can say: asynchronous copies into shared memory, and the tensor cores' fragments. All of it is there
-// from sm_80 on. The emulator has a twin of this file, tests/emulation/include/ptx.h, with the same functions.
+// from sm_80 on. The emulator has a twin of the functions with assembly,
+// tests/emulation/include/ptx.h.
 #pragma once
 
 #ifndef __CUDACC__
@@ -25,7 +26,7 @@ __device__ inline unsigned shared_address(const void* at) {
 }
 
 // kBytes (4 or 16, and both addresses a multiple of it) into shared memory: those of `global`, or zeros where it is not
-// `real`. They are there for this thread after cp_async_wait, for others after a barrier that follows.
+// `real` and is not read. They are there for this thread after cp_async_wait, for others after a barrier that follows.
 template <int kBytes>
 __device__ inline void cp_async(void* shared, const void* global, bool real) {
   static_assert(kBytes == 4 || kBytes == 16);
@@ -48,32 +49,24 @@ __device__ inline void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// 16 rows of 32 bytes, as a warp holds them: of 16-bit numbers 16 x 16, of 32-bit ones 16 x 8. Lane 4 g + t has the
-// t-th word of row g's first half, of row g + 8's, and of the second halves of the two.
-struct Fragment {
-  uint32_t word[4];
-};
-
-// `half_row`: where 16 bytes lie in shared memory, in lanes 0-7 those of rows 0-7, in lanes 8-15 of rows 8-15, in lanes
-// 16-31 the second halves of these.
-__device__ inline Fragment load_fragment(const void* half_row) {
-  Fragment f;
+// Four matrices of 8 rows of 16 bytes in shared memory; lane l says where row l % 8 of matrix l / 8 lies. Lane 4 g + t
+// gets the t-th four bytes of row g of each.
+__device__ inline void load_matrices(uint32_t (&word)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(f.word[0]), "=r"(f.word[1]), "=r"(f.word[2]), "=r"(f.word[3])
-               : "r"(shared_address(half_row)));
-  return f;
+               : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
+               : "r"(shared_address(row)));
 }
 
-// c += a b^T over 32 bytes of depth, c 16 x 8: lane 4 g + t has columns 2 t and 2 t + 1 of rows g and g + 8. b is rows
-// kHalf * 8 to kHalf * 8 + 7 of a fragment. T is what the words hold; float is read as tf32.
+// c += a b^T, 16 x 8, over 32 bytes of depth: 16 numbers of 16 bits, or 8 of fp32, which are read as tf32. Of a: the
+// first halves of rows 0-7 and of rows 8-15, then their second halves; of b: the two halves of rows 0-7; each as
+// load_matrices gives it. Lane 4 g + t has columns 2 t and 2 t + 1 of c's row g, then of row g + 8.
 #define LVTP_MMA(shape_and_types)                                                                                     \
   asm volatile("mma.sync.aligned." shape_and_types " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                       \
-               : "r"(a.word[0]), "r"(a.word[1]), "r"(a.word[2]), "r"(a.word[3]), "r"(b.word[kHalf]),                  \
-                 "r"(b.word[kHalf + 2]))
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
 
-template <class T, int kHalf>
-__device__ inline void mma(float (&c)[4], const Fragment& a, const Fragment& b) {
+template <class T>
+__device__ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   if constexpr (sizeof(T) == sizeof(float)) {
     LVTP_MMA("m16n8k8.row.col.f32.tf32.tf32.f32");
   } else if constexpr (std::is_same_v<T, __half>) {
@@ -95,3 +88,28 @@ __device__ inline uint32_t to_tf32(float v) {
 }  // namespace lvtp::cuda
 
 #endif
+
+namespace lvtp::cuda {
+namespace {
+
+// 16 rows of 32 bytes, as a warp holds them for mma: as its a, or as the b of two, the first of which takes words 0
+// and 1.
+struct Fragment {
+  uint32_t word[4];
+};
+
+// Which of the rows, and which half of it, a lane points load_matrices to.
+struct LanePlace {
+  int row, half;
+};
+__device__ inline LanePlace place_in_a(int lane) { return {lane % 16, lane / 16}; }
+__device__ inline LanePlace place_in_b(int lane) { return {lane % 8 + lane / 16 * 8, lane / 8 % 2}; }
+
+__device__ inline Fragment load_fragment(const void* half_row) {
+  Fragment f;
+  load_matrices(f.word, half_row);
+  return f;
+}
+
+}  // namespace
+}  // namespace lvtp::cuda

@@ -125,12 +125,12 @@ __device__ int wrong_products() {
     }
   }
   __syncwarp();
-  const auto half_row = [lane](auto& tile) { return &tile[lane % 16][lane / 16 * (kDepth / 2)]; };
-  const Fragment rows = load_fragment(half_row(a)), columns = load_fragment(half_row(b));
+  const auto half_row = [](auto& tile, LanePlace at) { return &tile[at.row][at.half * (kDepth / 2)]; };
+  const Fragment rows = load_fragment(half_row(a, place_in_a(lane)));
+  const Fragment columns = load_fragment(half_row(b, place_in_b(lane)));
   float c[2][4] = {};
   for (float& start : c[0]) start = 100.0f;
-  mma<T, 0>(c[0], rows, columns);
-  mma<T, 1>(c[1], rows, columns);
+  for (int half = 0; half < 2; ++half) mma<T>(c[half], rows.word, columns.word[2 * half], columns.word[2 * half + 1]);
   int wrong = 0;
   for (int e = 0; e < 8; ++e) {
     const int r = e / 2 % 2 * 8 + lane / 4, j = e / 4 * 8 + lane % 4 * 2 + e % 2;

@@ -27,19 +27,13 @@ void cp_async_wait(SIMT_AT) {
   simt::await_copies(SIMT_SITE, kPending);
 }
 
-struct Fragment {
-  uint32_t word[4];
-};
-
-inline Fragment load_fragment(const void* half_row, SIMT_AT) {
-  const auto& rows = simt::exchange(SIMT_SITE, ~0u, simt::to_bits(half_row));
-  Fragment f;
+inline void load_matrices(uint32_t (&word)[4], const void* row, SIMT_AT) {
+  const auto& rows = simt::exchange(SIMT_SITE, ~0u, simt::to_bits(row));
   for (unsigned matrix = 0; matrix < 4; ++matrix) {
-    const char* row = simt::from_bits<const char*>(rows[matrix * 8 + simt::lane() / 4]);
-    if (reinterpret_cast<uintptr_t>(row) % 16 != 0) simt::fail(SIMT_SITE, "is misaligned");
-    memcpy(&f.word[matrix], row + simt::lane() % 4 * 4, 4);
+    const char* from = simt::from_bits<const char*>(rows[matrix * 8 + simt::lane() / 4]);
+    if (reinterpret_cast<uintptr_t>(from) % 16 != 0) simt::fail(SIMT_SITE, "is misaligned");
+    memcpy(&word[matrix], from + simt::lane() % 4 * 4, 4);
   }
-  return f;
 }
 
 // Element `at` of a word's numbers. The tensor cores do not look at the last 13 bits of a tf32.
@@ -56,20 +50,21 @@ float element(uint32_t word, int at) {
 }
 
 // PTX ISA, "Matrix fragments for mma.m16n8k16" and "m16n8k8": which lane holds what.
-template <class T, int kHalf>
-void mma(float (&c)[4], const Fragment& a, const Fragment& b, SIMT_AT) {
+template <class T>
+void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, SIMT_AT) {
   struct Operands {
     float* c;
-    const Fragment *a, *b;
-  } mine{c, &a, &b};
-  simt::exchange(SIMT_SITE, ~0u, simt::to_bits(&mine), [](const std::array<uint64_t, 32>& lanes) {
+    const uint32_t* a;
+    uint32_t b[2];
+  } mine{c, a, {b0, b1}};
+  simt::exchange(SIMT_SITE, ~0u, simt::to_bits(&mine), [](const simt::Deposits& lanes) {
     constexpr int kPerWord = 4 / sizeof(T), kDepth = 8 * kPerWord;
     float rows[16][kDepth], columns[8][kDepth];
     const auto of = [&](int lane) { return *simt::from_bits<Operands*>(lanes[lane]); };
     for (int k = 0; k < kDepth; ++k) {
-      const int t = k / kPerWord % 4, second = k / kPerWord / 4;
-      for (int r = 0; r < 16; ++r) rows[r][k] = element<T>(of(r % 8 * 4 + t).a->word[r / 8 + 2 * second], k % kPerWord);
-      for (int j = 0; j < 8; ++j) columns[j][k] = element<T>(of(j * 4 + t).b->word[kHalf + 2 * second], k % kPerWord);
+      const int t = k / kPerWord % 4, half = k / kPerWord / 4;
+      for (int r = 0; r < 16; ++r) rows[r][k] = element<T>(of(r % 8 * 4 + t).a[r / 8 + 2 * half], k % kPerWord);
+      for (int j = 0; j < 8; ++j) columns[j][k] = element<T>(of(j * 4 + t).b[half], k % kPerWord);
     }
     for (int r = 0; r < 16; ++r) {
       for (int j = 0; j < 8; ++j) {
