@@ -1,4 +1,4 @@
-"""`pytest bench --benchmark-only`: each operator, beside the reference and beside a plain eager loop.
+"""`pytest bench --benchmark-only`: each operator on the CPU, beside the reference and beside a plain eager loop.
 
 The variants of one call take turns, so that what else the machine does falls on all of them alike; medians. The table
 at the end has every figure's baselines and the ratio to them; `--benchmark-json` keeps them with the machine's name.
@@ -14,24 +14,13 @@ import torch
 
 import lvtp
 from bench import baselines
-from bench.shapes import SHAPES, Shape, inputs
+from bench.shapes import SHAPES, Shape, arguments
 
-DEVICES = ("cpu", *(["cuda"] if torch.cuda.is_available() else []))
 OPERATORS = ("cosine_similarity", "mean_similarity", "id_selection", "psca", "prune_sid")
 SECONDS = 1.5  # for all rounds of one test
 
 
-def call(name: str, shape: Shape, dtype: torch.dtype, device: str) -> tuple:
-    """The operator's arguments."""
-    features, importance = inputs(shape, dtype, device)
-    return {
-        "id_selection": (features, importance, shape.keep),
-        "psca": (features, max(1, shape.keep // 4)),
-        "prune_sid": (features, importance, shape.keep),
-    }.get(name, (features,))
-
-
-def variants(name: str, args: tuple, shape: Shape, device: str) -> dict[str, Callable]:
+def variants(name: str, args: tuple, shape: Shape) -> dict[str, Callable]:
     """What is timed in turn. "lvtp" is what users get by themselves; the rest is what they would run otherwise."""
 
     def on(backend: str) -> Callable:
@@ -42,8 +31,6 @@ def variants(name: str, args: tuple, shape: Shape, device: str) -> dict[str, Cal
         return run
 
     found = {"lvtp": on("auto")}
-    if device == "cuda":
-        found["triton"] = on("triton")
     # The baselines hold N x N matrices; psca's also decompose them, in N^3.
     if shape.tokens <= (1024 if name in ("psca", "prune_sid") else 4096):
         found["reference"] = on("reference")
@@ -55,37 +42,34 @@ def variants(name: str, args: tuple, shape: Shape, device: str) -> dict[str, Cal
     return found
 
 
-def timed(run: Callable, device: str) -> float:
+def timed(run: Callable) -> float:
     start = time.perf_counter()
     run()
-    if device == "cuda":
-        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", OPERATORS)
-def test_operator(benchmark, name, shape, dtype, device):
+def test_operator(benchmark, name, shape, dtype):
     if name in ("cosine_similarity", "psca", "prune_sid") and shape.tokens > 4096:
         pytest.skip("takes minutes, and no model selects like that")
-    args = call(name, shape, dtype, device)
-    runs = variants(name, args, shape, device)
+    args = arguments(name, shape, dtype, "cpu")
+    runs = variants(name, args, shape)
     ours = runs.pop("lvtp")
-    once = sum(timed(run, device) for run in (ours, *runs.values()))  # warms up, too
+    once = sum(timed(run) for run in (ours, *runs.values()))  # warms up, too
     seconds = {variant: [] for variant in runs}
 
     def others():
         for variant, run in runs.items():
-            seconds[variant].append(timed(run, device))
+            seconds[variant].append(timed(run))
 
-    benchmark.group = f"{name}, {device}"
+    benchmark.group = name
     benchmark.extra_info.update(
-        shape._asdict(), name=name, dtype=str(dtype).removeprefix("torch."), device=device, torch=torch.__version__
+        shape._asdict(), name=name, dtype=str(dtype).removeprefix("torch."), device="cpu", torch=torch.__version__
     )
     rounds = max(3, min(50, int(SECONDS / once)))
-    benchmark.pedantic(lambda: timed(ours, device), setup=others, rounds=rounds, iterations=1, warmup_rounds=1)
+    benchmark.pedantic(lambda: timed(ours), setup=others, rounds=rounds, iterations=1, warmup_rounds=1)
     benchmark.extra_info["threads"] = torch.get_num_threads()
     benchmark.extra_info["baselines"] = {variant: statistics.median(s) for variant, s in seconds.items()}
 
@@ -93,7 +77,7 @@ def test_operator(benchmark, name, shape, dtype, device):
 @pytest.mark.parametrize("name", ["cosine_similarity", "mean_similarity", "id_selection"])
 def test_the_eager_loop_gives_the_same_answer(name):
     """A baseline that computes something else would prove nothing."""
-    args = call(name, SHAPES[1], torch.float32, "cpu")
+    args = arguments(name, SHAPES[1], torch.float32, "cpu")
     ours, eager = getattr(lvtp, name)(*args), getattr(baselines, name)(*args)
     if name == "id_selection":
         assert (ours == eager).double().mean() > 0.95  # where two tokens are as good, rounding decides

@@ -44,3 +44,13 @@ def inputs(shape: Shape, dtype: torch.dtype = torch.float32, device: str = "cpu"
     noise = torch.randn(shape.images, shape.tokens, shape.features, generator=g)
     importance = torch.rand(shape.images, shape.tokens, generator=g)
     return (centres[member] + 0.5 * noise).to(device, dtype), importance.to(device)
+
+
+def arguments(name: str, shape: Shape, dtype: torch.dtype, device: str) -> tuple:
+    """Those of operator `name`."""
+    features, importance = inputs(shape, dtype, device)
+    return {
+        "id_selection": (features, importance, shape.keep),
+        "psca": (features, max(1, shape.keep // 4)),
+        "prune_sid": (features, importance, shape.keep),
+    }.get(name, (features,))

@@ -1,0 +1,226 @@
+"""`python -m bench.gpu FOLDER`: the operators on a CUDA device, beside what a user would run instead.
+
+A time is the median between two events, around one replay of a CUDA graph or, where the name says so, one call, with
+a cold L2 cache: a write larger than it comes before. The variants of a row take turns. Rows are written to
+FOLDER/ops.json and FOLDER/ops.txt as they come, so a run that is cut short keeps what it has.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import lvtp
+from bench import baselines
+from bench.shapes import SHAPES, Shape, arguments
+
+BATCH = Shape("LLaVA-1.5, batch", 64, 576, 1024, 64)
+ONE, KEEP_192 = SHAPES[1], SHAPES[2]
+LARGE = next(shape for shape in SHAPES if shape.tokens == 16384)
+ROWS = (
+    ("id_selection", ONE),
+    ("id_selection", BATCH),
+    ("cosine_similarity", BATCH),
+    ("prune_sid", ONE),
+    ("prune_sid", KEEP_192),
+    ("id_selection", LARGE),
+    ("cosine_similarity", ONE),
+    ("mean_similarity", BATCH),
+    ("psca", ONE),
+    *(("id_selection", shape) for shape in SHAPES if shape not in (ONE, LARGE)),
+    *(("prune_sid", shape) for shape in SHAPES if shape not in (ONE, KEEP_192, LARGE)),
+)
+PEAKS = {"H200": (4.3e12, 790e12)}  # bytes/s of a copy and bf16 FLOP/s of a large product, as measured on one
+ROUNDS, FEWEST = 50, 5
+SECONDS = 1.5  # for a row's rounds
+
+
+def least_seconds(name: str, shape: Shape, dtype: torch.dtype) -> float | None:
+    """What the device's peaks allow: features read once, the matrix written where that is the result, and the products
+    of a full Gram matrix (mean_similarity needs none). None for a device or dtype whose peaks are not on record."""
+    peaks = next((peak for chip, peak in PEAKS.items() if chip in torch.cuda.get_device_name()), None)
+    if peaks is None or dtype == torch.float32:
+        return None
+    b, n, d = shape.images, shape.tokens, shape.features
+    moved = b * n * d * dtype.itemsize + (b * n * n * 4 if name == "cosine_similarity" else 0)
+    products = 2 * b * n * d * (1 if name == "mean_similarity" else n)
+    return max(moved / peaks[0], products / peaks[1])
+
+
+def captured(run: Callable) -> Callable:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def normalise_and_bmm(features: torch.Tensor) -> torch.Tensor:
+    """In the features' own precision, which rounds what the operator does not."""
+    unit = F.normalize(features, dim=-1)
+    return torch.bmm(unit, unit.mT)
+
+
+def gram_and_loop(features: torch.Tensor, importance: torch.Tensor, k: int) -> torch.Tensor:
+    """What id_selection would be with the whole matrix in fp32; it leaves scaling the importance out."""
+    return lvtp.greedy_suppression(importance, lvtp.cosine_similarity(features), k)
+
+
+def variants(name: str, shape: Shape, args: tuple) -> dict[str, Callable[[], Callable]]:
+    """How each is made ready; that may take long, or fail."""
+
+    def on(backend: str) -> Callable:
+        def run():
+            with lvtp.use_backend(backend):
+                return getattr(lvtp, name)(*args)
+
+        return run
+
+    found = {
+        "lvtp": lambda: captured(on("auto")),
+        "lvtp, call": lambda: on("auto"),
+        "triton": lambda: captured(on("triton")),
+    }
+    if name == "id_selection" and shape.tokens > 4096:
+        found["Gram + loop, call"] = lambda: lambda: gram_and_loop(*args)
+    matrices = shape.images * shape.tokens**2 * 4 * 4  # the baselines hold several at a time
+    if matrices > torch.cuda.mem_get_info()[0] or shape.tokens > 4096:
+        return found
+    if name == "prune_sid":
+        gram = baselines.cosine_similarity(args[0])
+        return found | {"one fp32 eigh, call": lambda: lambda: torch.linalg.eigh(gram)}
+    plain = getattr(baselines, name)
+    found["reference, call"] = lambda: on("reference")
+    found["eager, call"] = lambda: lambda: plain(*args)
+    if name != "psca":  # eigh waits for the device, so it cannot be captured
+        found["eager"] = lambda: captured(lambda: plain(*args))
+        if shape in (ONE, BATCH) and args[0].dtype == torch.bfloat16:  # unrolls the loop over the picks
+            compiled = torch.compile(plain)
+            found["compiled, call"] = lambda: lambda: compiled(*args)
+            found["compiled"] = lambda: captured(lambda: compiled(*args))
+    if name == "cosine_similarity":
+        found["normalise + bmm"] = lambda: captured(lambda: normalise_and_bmm(*args))
+    return found
+
+
+def medians(runs: dict[str, Callable], flush: torch.Tensor) -> dict[str, float]:
+    seconds = {variant: [] for variant in runs}
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    deadline = time.monotonic() + SECONDS
+    for turn in range(ROUNDS):
+        if turn >= FEWEST and time.monotonic() > deadline:
+            break
+        for variant, run in runs.items():
+            flush.zero_()
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            seconds[variant].append(start.elapsed_time(end) / 1e3)
+    return {variant: statistics.median(s) for variant, s in seconds.items()}
+
+
+def peak_memory(run: Callable) -> int:
+    """Bytes that a call takes on top of what is there, its result included."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def row(name: str, shape: Shape, dtype: torch.dtype, flush: torch.Tensor) -> dict:
+    args = arguments(name, shape, dtype, "cuda")
+    runs, errors, memory = {}, {}, {}
+    for variant, prepare in variants(name, shape, args).items():
+        try:
+            runs[variant] = prepare()
+            runs[variant]()
+            torch.cuda.synchronize()
+            if variant.endswith("call"):
+                memory[variant] = peak_memory(runs[variant])
+        except Exception as error:  # another variant may still do
+            errors[variant] = f"{type(error).__name__}: {error}"[:500]
+            runs.pop(variant, None)
+    return {
+        "name": name,
+        **shape._asdict(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "seconds": medians(runs, flush),
+        "least_seconds": least_seconds(name, shape, dtype),
+        "bytes": memory,
+        "errors": errors,
+    }
+
+
+def text(row: dict) -> str:
+    shape = f"{row['model']} {row['images']}x{row['tokens']}x{row['features']} k={row['keep']}"
+    seconds = dict(row["seconds"])
+    ours, least = seconds.pop("lvtp", None), row["least_seconds"]
+    share = f" {100 * least / ours:3.0f}%" if ours and least else ""
+    others = "".join(f"  {v} {1e6 * s:.1f}" + (f" ({s / ours:.1f})" if ours else "") for v, s in seconds.items())
+    failed = "".join(f"\n    {variant} failed: {why.splitlines()[0]}" for variant, why in row["errors"].items())
+    head = f"{row['name']:18s} {shape:44s} {row['dtype']:8s} lvtp "
+    return head + (f"{1e6 * ours:9.1f}{share}" if ours else "   failed") + others + failed
+
+
+def machine(flush: torch.Tensor) -> dict:
+    def said(*command: str) -> str:
+        """The first line; "unknown" without the tool."""
+        if shutil.which(command[0]) is None:
+            return "unknown"
+        return (subprocess.run(command, capture_output=True, text=True).stdout.splitlines() or ["unknown"])[0]
+
+    one = torch.zeros(1, device="cuda")
+    return {
+        "device": torch.cuda.get_device_name(),
+        "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "date": date.today().isoformat(),
+        "commit": said("git", "rev-parse", "HEAD"),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "seconds_of_a_graph_of_one_addition": medians({"graph": captured(lambda: one.add_(1))}, flush)["graph"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    if not torch.cuda.is_available():
+        sys.exit(f"bench.gpu: no CUDA device (torch {torch.__version__})")
+    folder.mkdir(parents=True, exist_ok=True)
+    size = max(2 * torch.cuda.get_device_properties(0).L2_cache_size, 64 << 20)
+    flush = torch.empty(size, dtype=torch.uint8, device="cuda")
+    about = machine(flush)
+    rows, lines = [], [
+        ", ".join(f"{key} {value}" for key, value in about.items()),
+        "medians in us; share of what the device's peaks allow; in brackets: how many times what lvtp takes",
+    ]  # fmt: skip
+    for dtype in (torch.bfloat16, torch.float32):
+        for name, shape in ROWS:
+            rows.append(row(name, shape, dtype, flush))
+            lines.append(text(rows[-1]))
+            print(lines[-1], flush=True)
+            (folder / "ops.json").write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
+            (folder / "ops.txt").write_text("\n".join(lines) + "\n")
+            torch._dynamo.reset()
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
