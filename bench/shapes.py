@@ -23,6 +23,7 @@ SHAPES = (
     Shape("LLaVA-1.5", 1, 576, 1024, 16),
     Shape("LLaVA-1.5", 1, 576, 1024, 64),
     Shape("LLaVA-1.5", 1, 576, 1024, 192),
+    Shape("LLaVA-1.5, batch", 4, 576, 1024, 64),
     Shape("LLaVA-1.5, batch", 8, 576, 1024, 64),
     Shape("LLaVA-NeXT, by crop", 5, 576, 1024, 32),
     Shape("LLaVA-NeXT, by image", 1, 2880, 4096, 160),
