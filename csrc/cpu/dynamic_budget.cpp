@@ -1,6 +1,7 @@
 #include <numeric>
 #include <vector>
 
+#include "../shares.h"
 #include "common.h"
 
 namespace lvtp::cpu {
@@ -10,17 +11,12 @@ static Tensor dynamic_budget_op(Tensor features, int64_t total, int64_t minimum)
   checks::dynamic_budget(features, total, minimum);
   const int64_t b = features.size(0), tokens = features.size(1);
   const auto rho = mean_similarity(features, std::nullopt);
-  // An image that repeats itself entirely takes part with so little that no other share changes: such images share
-  // equally where nobody has any phi, and take what is left where all others are full.
-  std::vector<double> phi(b);
-  for (int64_t i = 0; i < b; ++i) phi[i] = std::max(1.0 - data<float>(rho)[i], 0x1p-100);
+  const Shares shares{static_cast<double>(minimum), static_cast<double>(tokens)};
   const auto share = [&](int64_t i, double log_lambda) {
-    return std::clamp(std::exp2(log_lambda) * phi[i], static_cast<double>(minimum), static_cast<double>(tokens));
+    return shares.of(Shares::phi(data<float>(rho)[i]), log_lambda);
   };
-
-  // The sum of the clamped shares rises with lambda; its logarithm is bisected down to rounding.
-  double low = -64.0, high = 192.0;
-  for (int step = 0; step < 64; ++step) {
+  double low = Shares::kLow, high = Shares::kHigh;
+  for (int step = 0; step < Shares::kSteps; ++step) {
     const double middle = (low + high) / 2;
     double sum = 0.0;
     for (int64_t i = 0; i < b; ++i) sum += share(i, middle);
@@ -32,7 +28,7 @@ static Tensor dynamic_budget_op(Tensor features, int64_t total, int64_t minimum)
   std::vector<double> remainder(b);
   for (int64_t i = 0; i < b; ++i) {
     budget[i] = static_cast<int64_t>(share(i, low));
-    remainder[i] = budget[i] < tokens ? share(i, low) - static_cast<double>(budget[i]) : -1.0;
+    remainder[i] = shares.remainder(share(i, low));
   }
   std::vector<int64_t> order(b);
   std::iota(order.begin(), order.end(), 0);

@@ -25,6 +25,15 @@ __device__ T warp_sum(T v) {
   return v;
 }
 
+// The sum over a block, in every thread, in a fixed order; `warps` may be used again after one more barrier.
+template <int kMostWarps>
+__device__ double block_sum(double v, double (&warps)[kMostWarps]) {
+  v = warp_sum(v);
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = v;
+  __syncthreads();  // every warp has entered its sum
+  return warp_sum(threadIdx.x % 32 < blockDim.x / 32 ? warps[threadIdx.x % 32] : 0.0);
+}
+
 // 1 / max(||x||, 1e-12) of one token, or 0 where it is all zero or not finite, in every lane of a warp. The sum is in
 // double, so finite features never overflow.
 template <class T>

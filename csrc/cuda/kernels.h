@@ -61,4 +61,10 @@ cudaError_t prune_sid(
     int64_t n, int64_t d, int64_t groups, int64_t budget, int64_t reserved, bool over_features, void* workspace,
     int64_t* picks, cudaStream_t stream);
 
+// features [images, n, d] -> budget [images], adding up to total.
+int64_t dynamic_budget_workspace(int64_t images, int64_t n, int64_t d);
+cudaError_t dynamic_budget(
+    const void* features, Dtype dtype, int64_t images, int64_t n, int64_t d, int64_t total, int64_t minimum,
+    void* workspace, int64_t* budget, cudaStream_t stream);
+
 }  // namespace lvtp::cuda

@@ -33,6 +33,18 @@ cudaError_t launch(
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Workspace in pieces, each aligned to 256 bytes; without a base it counts only.
+struct Workspace {
+  char* base;
+  int64_t used = 0;
+  template <class T>
+  T* take(int64_t count) {
+    T* const piece = reinterpret_cast<T*>(base + used);
+    used += ceil_div(count * static_cast<int64_t>(sizeof(T)), 256) * 256;
+    return piece;
+  }
+};
+
 // A grid's x, which holds 2^31 - 1 blocks.
 inline unsigned blocks(int64_t count) { return static_cast<unsigned>(count); }
 

@@ -105,18 +105,6 @@ __global__ void __launch_bounds__(kThreads) pick_by_quota(
   for (int64_t at = written + threadIdx.x; at < places; at += kThreads) picks[at] = -1;
 }
 
-// The pieces of the workspace, each aligned to 256 bytes.
-struct Workspace {
-  char* base;
-  int64_t used = 0;
-  template <class T>
-  T* take(int64_t count) {
-    T* const piece = reinterpret_cast<T*>(base + used);
-    used += ceil_div(count * static_cast<int64_t>(sizeof(T)), 256) * 256;
-    return piece;
-  }
-};
-
 struct Pieces {
   int64_t bytes;
   float *rho, *scale, *loadings, *similarity;

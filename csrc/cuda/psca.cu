@@ -1,21 +1,9 @@
-// Principal components without a library call that would wait for the device: subspace iteration on the tokens' Gram
-// matrix from a fixed start, Gram-Schmidt after each step, and one-sided Jacobi on the last one, whose columns become
-// the components. Vectors are stored one after the other ([vectors, n]), so that warps read them in order.
-//
-// 32 vectors more than groups and 32 steps: at N = 576, G = 4 to 48, at least 0.99 of the tokens of a photograph and of
-// clustered features are grouped as by float64 eigenvectors (tests/emulation, LVTP_EMULATION_ALL=1). It promises
-// nothing for more groups, or where the components lie close together, so no launcher calls it, nor prune_sid.cu, yet:
-// CUDA tensors take Triton's psca, in double.
 #include "device.cuh"
+#include "eigen.h"
 
 namespace lvtp::cuda {
 namespace {
 
-constexpr int kOversampling = 32, kSteps = 32;
-constexpr int kSweeps = 12;           // at most; 3 to 6 are needed
-constexpr float kOrthogonal = 1e-6f;  // a cosine that fp32 sums cannot tell from 0
-constexpr float kRounding = 1e-12f;   // of the first vector's square: lengths below a millionth of it are rounding
-constexpr int kWide = 1024;           // threads of the kernels in which one block does it all, at most
 constexpr int kThreads = 256;
 
 // A = sigmoid(x), a row a token, less its mean where `over_features`. Padding and tokens that are not finite become
@@ -78,47 +66,51 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x % 32 == 0) usable[token] = any ? 1.0f : 0.0f;
 }
 
-// The start: numbers in [-1, 1) that depend on nothing but their place.
-__global__ void __launch_bounds__(kThreads) scatter(int64_t count, int64_t per_image, float* __restrict__ v) {
-  const int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (at >= count) return;
-  auto bits = static_cast<uint32_t>(at % per_image) + 1u;
-  for (int round = 0; round < 3; ++round) {
-    bits = (bits ^ bits >> 16) * 0x45d9f3bu;
+// A matrix as a kernel reads it: `rows` of `depth` elements.
+template <class T>
+struct Rows {
+  const T* data;
+  int rows, depth;
+  int64_t row_stride, depth_stride, image_stride;
+};
+
+constexpr int kTile = 32;
+
+// x's tile at (r0, c0), zero beyond its rows and depth. Neighbouring threads read neighbours in memory.
+template <class T>
+__device__ void load_tile(const Rows<T>& x, int64_t image, int r0, int c0, double (&tile)[kTile][kTile + 1]) {
+  const bool along = x.depth_stride == 1;
+  const T* data = x.data + image * x.image_stride;
+  for (int e = threadIdx.x; e < kTile * kTile; e += kThreads) {
+    const int r = along ? e / kTile : e % kTile, c = along ? e % kTile : e / kTile;
+    const bool inside = r0 + r < x.rows && c0 + c < x.depth;
+    tile[r][c] = inside ? data[(r0 + r) * x.row_stride + (c0 + c) * x.depth_stride] : 0.0;
   }
-  v[at] = static_cast<float>(bits >> 8) * 0x1p-23f - 1.0f;
 }
 
-constexpr int kTileVectors = 32, kTileTokens = 64, kTileDepth = 32;
-
-// out = v gram, [vectors, n] = [vectors, n] [n, n]. A block a tile of kTileVectors x kTileTokens, a thread 2 x 4 of it.
-__global__ void __launch_bounds__(kThreads) multiply(
-    const float* __restrict__ v, const float* __restrict__ gram, int n, int vectors, int tiles_across, int tiles,
-    float* __restrict__ out) {
+// out = x y^T in double, [x.rows, y.rows] an image, of which only half is computed where x and y are the same. A block
+// a tile, a thread 2 x 2 of it.
+template <class T>
+__global__ void __launch_bounds__(kThreads, 2) multiply(
+    Rows<T> x, Rows<float> y, bool same, int tiles_across, int tiles, int64_t out_stride, double* __restrict__ out) {
   const int64_t image = blockIdx.x / tiles;
   const int tile = static_cast<int>(blockIdx.x % tiles);
-  const int c0 = tile / tiles_across * kTileVectors, i0 = tile % tiles_across * kTileTokens;
-  v += image * vectors * n;
-  gram += image * n * n;
-  out += image * vectors * n;
-  __shared__ float a[kTileVectors][kTileDepth + 1], b[kTileDepth][kTileTokens];
-  const int tc = threadIdx.x / 16 * 2, ti = threadIdx.x % 16 * 4;
-  float sum[2][4] = {};
-  for (int j0 = 0; j0 < n; j0 += kTileDepth) {
-    for (int e = threadIdx.x; e < kTileVectors * kTileDepth; e += kThreads) {
-      const int c = e / kTileDepth, j = e % kTileDepth;
-      a[c][j] = c0 + c < vectors && j0 + j < n ? v[static_cast<int64_t>(c0 + c) * n + j0 + j] : 0.0f;
-    }
-    for (int e = threadIdx.x; e < kTileDepth * kTileTokens; e += kThreads) {
-      const int j = e / kTileTokens, i = e % kTileTokens;
-      b[j][i] = i0 + i < n && j0 + j < n ? gram[static_cast<int64_t>(j0 + j) * n + i0 + i] : 0.0f;
-    }
+  const int r0 = tile / tiles_across * kTile, s0 = tile % tiles_across * kTile;
+  if (same && s0 > r0) return;
+  out += image * out_stride;
+  __shared__ double xs[kTile][kTile + 1], ys[kTile][kTile + 1];
+  const int r = threadIdx.x / 16, s = threadIdx.x % 16;
+  double sum[2][2] = {};
+  for (int c0 = 0; c0 < x.depth; c0 += kTile) {
+    load_tile(x, image, r0, c0, xs);
+    load_tile(y, image, s0, c0, ys);
     __syncthreads();  // the tiles are complete
-    for (int j = 0; j < kTileDepth; ++j) {
+#pragma unroll 4
+    for (int c = 0; c < kTile; ++c) {
 #pragma unroll
       for (int p = 0; p < 2; ++p) {
 #pragma unroll
-        for (int q = 0; q < 4; ++q) sum[p][q] += a[tc + p][j] * b[j][ti + q];
+        for (int q = 0; q < 2; ++q) sum[p][q] += xs[r + 16 * p][c] * ys[s + 16 * q][c];
       }
     }
     __syncthreads();  // the tiles have been read and may be overwritten
@@ -126,171 +118,116 @@ __global__ void __launch_bounds__(kThreads) multiply(
 #pragma unroll
   for (int p = 0; p < 2; ++p) {
 #pragma unroll
-    for (int q = 0; q < 4; ++q) {
-      if (c0 + tc + p < vectors && i0 + ti + q < n)
-        out[static_cast<int64_t>(c0 + tc + p) * n + i0 + ti + q] = sum[p][q];
+    for (int q = 0; q < 2; ++q) {
+      const int i = r0 + r + 16 * p, j = s0 + s + 16 * q;
+      if (i >= x.rows || j >= y.rows) continue;
+      out[static_cast<int64_t>(i) * y.rows + j] = sum[p][q];
+      if (same) out[static_cast<int64_t>(j) * y.rows + i] = sum[p][q];
     }
   }
 }
 
-__device__ int warps() { return static_cast<int>(blockDim.x / 32); }
-
-__device__ float warp_dot(const float* a, const float* b, int n, int lane) {
-  float sum = 0.0f;
-  for (int i = lane; i < n; i += 32) sum += a[i] * b[i];
-  return warp_sum(sum);
+template <class T>
+cudaError_t launch_multiply(
+    const Rows<T>& x, const Rows<float>& y, bool same, int64_t images, int64_t out_stride, double* out,
+    cudaStream_t stream) {
+  const int across = (y.rows + kTile - 1) / kTile, tiles = (x.rows + kTile - 1) / kTile * across;
+  return launch(multiply<T>, blocks(images * tiles), kThreads, 0, stream, x, y, same, across, tiles, out_stride, out);
 }
 
-// Modified Gram-Schmidt, one block an image: y's rows become orthonormal, or zero where nothing but rounding is left of
-// them, which has a direction that no Gram matrix gave it.
-__global__ void __launch_bounds__(kWide, 1) orthonormalise(int n, int vectors, float* y) {
-  y += static_cast<int64_t>(blockIdx.x) * vectors * n;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  float rounding = 0.0f;
-  for (int j = 0; j < vectors; ++j) {
-    float* pivot = y + static_cast<int64_t>(j) * n;
-    const float square = warp_dot(pivot, pivot, n, lane);  // by every warp: cheaper than telling them
-    if (j == 0) rounding = kRounding * square;
-    for (int c = j + 1 + warp; c < vectors && square > rounding; c += warps()) {
-      float* other = y + static_cast<int64_t>(c) * n;
-      const float part = warp_dot(pivot, other, n, lane) / square;
-      for (int i = lane; i < n; i += 32) other[i] -= part * pivot[i];
-    }
-    __syncthreads();  // the next pivot is final
-  }
-  for (int c = warp; c < vectors; c += warps()) {
-    float* mine = y + static_cast<int64_t>(c) * n;
-    const float square = warp_dot(mine, mine, n, lane), inverse = square > rounding ? 1.0f / sqrtf(square) : 0.0f;
-    for (int i = lane; i < n; i += 32) mine[i] *= inverse;
-  }
-}
-
-// Makes a and b orthogonal by a rotation of the plane they span; false where they are already.
-__device__ bool rotate(float* a, float* b, int n, int lane) {
-  const float aa = warp_dot(a, a, n, lane), bb = warp_dot(b, b, n, lane), ab = warp_dot(a, b, n, lane);
-  if (!(fabsf(ab) > kOrthogonal * sqrtf(aa) * sqrtf(bb))) return false;
-  const float zeta = (bb - aa) / (2.0f * ab);
-  const float tangent = copysignf(1.0f / (fabsf(zeta) + hypotf(1.0f, zeta)), zeta);
-  const float cosine = 1.0f / sqrtf(1.0f + tangent * tangent), sine = cosine * tangent;
-  for (int i = lane; i < n; i += 32) {
-    const float p = a[i], q = b[i];
-    a[i] = cosine * p - sine * q;
-    b[i] = sine * p + cosine * q;
-  }
-  return true;
-}
-
-// One-sided Jacobi, one block an image: y = v gram with orthonormal rows v; rotated until y's rows are orthogonal,
-// these are components times their eigenvalues. Each round of the tournament pairs every row once. `order` lists the
-// rows from the largest eigenvalue down (ties: lowest row), `inverse` holds 1 / length.
-__global__ void __launch_bounds__(kWide, 1) rotate_all(int n, int vectors, float* y, float* inverse, int* order) {
-  y += static_cast<int64_t>(blockIdx.x) * vectors * n;
-  inverse += blockIdx.x * vectors;
-  order += blockIdx.x * vectors;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int ring = (vectors + 1) / 2 * 2 - 1;  // the last of an even number of players keeps its seat, the ring turns
-  for (int sweep = 0; sweep < kSweeps; ++sweep) {
-    bool rotated = false;
-    for (int round = 0; round < ring; ++round) {
-      for (int pair = warp; pair <= ring / 2; pair += warps()) {
-        const int first = pair == 0 ? ring : (round + pair) % ring, second = (round + ring - pair) % ring;
-        if (first >= vectors || second >= vectors) continue;  // an odd number: one row rests
-        const int low = first < second ? first : second, high = first < second ? second : first;
-        rotated |= rotate(y + static_cast<int64_t>(low) * n, y + static_cast<int64_t>(high) * n, n, lane);
-      }
-      __syncthreads();  // every pair of the round is done
-    }
-    if (__syncthreads_or(rotated) == 0) break;
-  }
-  for (int c = warp; c < vectors; c += warps()) {
-    const float* row = y + static_cast<int64_t>(c) * n;
-    const float square = warp_dot(row, row, n, lane);
-    if (lane == 0) inverse[c] = square > 0.0f ? 1.0f / sqrtf(square) : INFINITY;
-  }
-  __syncthreads();  // all lengths are known
-  for (int c = threadIdx.x; c < vectors; c += static_cast<int>(blockDim.x)) {
-    int rank = 0;
-    for (int other = 0; other < vectors; ++other) {
-      rank += inverse[other] < inverse[c] || (inverse[other] == inverse[c] && other < c);
-    }
-    order[rank] = c;
-  }
+// Vectors [rows, n] to length 1; zero stays zero. A warp a vector.
+__global__ void __launch_bounds__(32) normalise(int64_t n, double* __restrict__ vectors) {
+  vectors += blockIdx.x * n;
+  double square = 0.0;
+  for (int64_t i = threadIdx.x; i < n; i += 32) square += vectors[i] * vectors[i];
+  square = warp_sum(square);
+  const double scale = square > 0.0 ? 1.0 / sqrt(square) : 0.0;
+  for (int64_t i = threadIdx.x; i < n; i += 32) vectors[i] *= scale;
 }
 
 // The component on which each token loads most. A thread a token.
 __global__ void __launch_bounds__(kThreads) assign(
-    const float* __restrict__ y, const float* __restrict__ inverse, const int* __restrict__ order,
-    const float* __restrict__ usable, int64_t tokens, int n, int vectors, int groups, int64_t* __restrict__ labels,
-    float* __restrict__ loadings) {
+    const double* __restrict__ components, const float* __restrict__ usable, int64_t tokens, int64_t n, int groups,
+    int64_t* __restrict__ labels, float* __restrict__ loadings) {
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (token >= tokens) return;
-  const int64_t image = token / n, i = token % n;
+  components += token / n * groups * n + token % n;
   int best = 0;
-  float loading = 0.0f;
+  float most = 0.0f;
   for (int g = 0; g < groups && usable[token] > 0.0f; ++g) {
-    const int64_t row = image * vectors + order[image * vectors + g];
-    const float part = inverse[row] < INFINITY ? fabsf(y[row * n + i]) * inverse[row] : 0.0f;
-    if (part > loading) {  // strict: ties to the lowest group
+    const auto part = static_cast<float>(fabs(components[g * n]));
+    if (part > most) {  // strict: ties to the lowest group
       best = g;
-      loading = part;
+      most = part;
     }
   }
   labels[token] = best;
-  loadings[token] = loading;
+  loadings[token] = most;
 }
 
-int64_t vectors_for(int64_t n, int64_t groups) { return groups + kOversampling < n ? groups + kOversampling : n; }
+// Where tokens outnumber features, the small matrix is A^T A, and V = A U up to length. It has no vectors for groups
+// beyond the rank, which is why there must be fewer.
+bool over_the_features(int64_t n, int64_t d, int64_t groups) { return n > d && 2 * groups <= d; }
+
+struct Pieces {
+  double *matrices, *vectors, *projected;
+  float *a, *usable;
+  void* scratch;
+  int64_t bytes;
+};
+
+Pieces divide(void* workspace, int64_t images, int64_t n, int64_t d, int64_t groups) {
+  const bool transposed = over_the_features(n, d, groups);
+  const int64_t rows = transposed ? d : n;
+  Workspace w{static_cast<char*>(workspace)};
+  Pieces p{};
+  p.matrices = w.take<double>(images * eigen_matrix_size(rows));
+  p.vectors = w.take<double>(images * groups * rows);
+  p.projected = transposed ? w.take<double>(images * groups * n) : p.vectors;
+  p.a = w.take<float>(images * n * d);
+  p.usable = w.take<float>(images * n);
+  p.scratch = w.take<char>(leading_eigenvectors_workspace(images, rows, groups));
+  p.bytes = w.used;
+  return p;
+}
 
 }  // namespace
 
-// Of an image: A [n, d], gram [n, n], two sets of vectors, usable [n], inverse and order [vectors].
 int64_t psca_workspace(int64_t images, int64_t n, int64_t d, int64_t groups) {
-  const int64_t vectors = vectors_for(n, groups);
-  return images * (n * d + n * n + 2 * vectors * n + n + 2 * vectors) * static_cast<int64_t>(sizeof(float));
+  return divide(nullptr, images, n, d, groups).bytes;
 }
 
 cudaError_t psca(
     const void* features, Dtype dtype, const bool* mask, int64_t images, int64_t n, int64_t d, int64_t groups,
     bool over_features, void* workspace, int64_t* labels, float* loadings, cudaStream_t stream) {
+  const Pieces p = divide(workspace, images, n, d, groups);
   const int64_t tokens = images * n;
-  const auto size = static_cast<int>(n), vectors = static_cast<int>(vectors_for(n, groups));
-  auto* a = static_cast<float*>(workspace);
-  float* gram = a + tokens * d;
-  float* v = gram + tokens * n;
-  float* y = v + tokens * vectors;
-  float* usable = y + tokens * vectors;
-  float* inverse = usable + tokens;
-  auto* order = reinterpret_cast<int*>(inverse + images * vectors);
-
   const unsigned warp_each = blocks(ceil_div(tokens, kThreads / 32));
   LVTP_TRY(with_dtype(features, dtype, [&](const auto* x) {
     return launch(
-        sigmoid_rows<std::decay_t<decltype(*x)>>, warp_each, kThreads, 0, stream, x, mask, tokens, d, over_features, a,
-        usable);
+        sigmoid_rows<std::decay_t<decltype(*x)>>, warp_each, kThreads, 0, stream, x, mask, tokens, d, over_features,
+        p.a, p.usable);
   }));
   if (!over_features) {
     const unsigned grid = blocks(ceil_div(images * d, kThreads / 32));
-    LVTP_TRY(launch(centre_features, grid, kThreads, 0, stream, images * d, n, d, usable, a));
-    LVTP_TRY(launch(find_usable, warp_each, kThreads, 0, stream, a, tokens, d, usable));
+    LVTP_TRY(launch(centre_features, grid, kThreads, 0, stream, images * d, n, d, p.usable, p.a));
+    LVTP_TRY(launch(find_usable, warp_each, kThreads, 0, stream, p.a, tokens, d, p.usable));
   }
-  LVTP_TRY(scaled_gram(a, Dtype::kFloat, usable, images, n, d, gram, stream));
 
-  const int64_t count = tokens * vectors;
-  LVTP_TRY(launch(scatter, blocks(ceil_div(count, kThreads)), kThreads, 0, stream, count, n * vectors, v));
-  const auto across = static_cast<int>(ceil_div(n, kTileTokens));
-  const int tiles = across * static_cast<int>(ceil_div(vectors, kTileVectors));
-  const unsigned wide = vectors < kWide / 32 ? vectors * 32 : kWide;  // a warp a vector
-  for (int step = 0; step < kSteps; ++step) {
-    LVTP_TRY(launch(orthonormalise, blocks(images), wide, 0, stream, size, vectors, v));
-    LVTP_TRY(launch(multiply, blocks(images * tiles), kThreads, 0, stream, v, gram, size, vectors, across, tiles, y));
-    float* const product = y;
-    y = v;
-    v = product;
+  const auto size = static_cast<int>(n), depth = static_cast<int>(d), wanted = static_cast<int>(groups);
+  const Rows<float> a{p.a, size, depth, d, 1, n * d}, features_of_a{p.a, depth, size, 1, d, n * d};
+  const bool transposed = over_the_features(n, d, groups);
+  const Rows<float>& x = transposed ? features_of_a : a;
+  LVTP_TRY(launch_multiply(x, x, true, images, eigen_matrix_size(x.rows), p.matrices, stream));
+  LVTP_TRY(leading_eigenvectors(p.matrices, images, x.rows, groups, p.scratch, p.vectors, stream));
+  if (transposed) {
+    const Rows<double> u{p.vectors, wanted, depth, d, 1, groups * d};
+    LVTP_TRY(launch_multiply(u, a, false, images, groups * n, p.projected, stream));
+    LVTP_TRY(launch(normalise, blocks(images * groups), 32, 0, stream, n, p.projected));
   }
-  LVTP_TRY(launch(rotate_all, blocks(images), wide, 0, stream, size, vectors, v, inverse, order));
   return launch(
-      assign, blocks(ceil_div(tokens, kThreads)), kThreads, 0, stream, v, inverse, order, usable, tokens, size, vectors,
-      static_cast<int>(groups), labels, loadings);
+      assign, blocks(ceil_div(tokens, kThreads)), kThreads, 0, stream, p.projected, p.usable, tokens, n, wanted, labels,
+      loadings);
 }
 
 }  // namespace lvtp::cuda

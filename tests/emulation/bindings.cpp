@@ -46,6 +46,7 @@ PYBIND11_MODULE(MODULE_NAME, m) {
   m.def("id_selection_workspace", &id_selection_workspace);
   m.def("psca_workspace", &psca_workspace);
   m.def("prune_sid_workspace", &prune_sid_workspace);
+  m.def("dynamic_budget_workspace", &dynamic_budget_workspace);
 
   m.def("cosine_similarity", [](Address x, const std::string& type, int64_t b, int64_t n, int64_t d, Address out) {
     check(cosine_similarity(at<void>(x), dtype(type), b, n, d, at<float>(out), nullptr));
@@ -91,5 +92,11 @@ PYBIND11_MODULE(MODULE_NAME, m) {
         check(prune_sid(
             at<void>(x), dtype(type), at<float>(importance), at<int64_t>(labels), at<bool>(mask), b, n, d, groups,
             budget, reserved, over_features, at<void>(workspace), at<int64_t>(picks), nullptr));
+      });
+  m.def(
+      "dynamic_budget", [](Address x, const std::string& type, int64_t b, int64_t n, int64_t d, int64_t total,
+                           int64_t minimum, Address workspace, Address budget) {
+        check(dynamic_budget(
+            at<void>(x), dtype(type), b, n, d, total, minimum, at<void>(workspace), at<int64_t>(budget), nullptr));
       });
 }

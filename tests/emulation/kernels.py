@@ -121,3 +121,11 @@ def prune_sid(features, importance, n, reserved=0, center="feature", labels=None
             center == "feature", workspace, _address(picks),
         )  # fmt: skip
     return picks
+
+
+def dynamic_budget(features, total, minimum=1):
+    b, n, d = features.shape
+    x, budget = _contiguous(features), torch.full((b,), -7)
+    with _Workspace(module().dynamic_budget_workspace(b, n, d)) as workspace:
+        module().dynamic_budget(_address(x), _type(x), b, n, d, total, minimum, workspace, _address(budget))
+    return budget

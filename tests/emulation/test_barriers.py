@@ -39,6 +39,7 @@ def work():
     deep = clustered_features(1, 70, 200)  # seven stages, in four buffers
     deep[0, ::9] *= 1e30
     noise = torch.randn(1, 35, 60, generator=torch.Generator().manual_seed(0))  # eigenvalues close to each other
+    frames = torch.rand(70, 9, 6, generator=torch.Generator().manual_seed(1))
     return {
         "cosine_similarity": lambda: kernels.cosine_similarity(deep),
         "mean_similarity": lambda: kernels.mean_similarity(x),
@@ -46,7 +47,9 @@ def work():
         "cluster_nms": lambda: kernels.cluster_nms(scores, labels, sim, 0.5),
         "id_selection": lambda: kernels.id_selection(x, scores * 50 - 3, 20),
         "psca": lambda: kernels.psca(noise, 2)[1],
+        "eigen": lambda: kernels.psca(noise, 2, "token")[1],
         "prune_sid": lambda: kernels.prune_sid(many, many_scores, 99, labels=groups),
+        "dynamic_budget": lambda: kernels.dynamic_budget(frames, 300),
         "id_selection, by rows": lambda: kernels.id_selection(wide, wide_scores, 3),
     }
 

@@ -248,23 +248,43 @@ def agreement(labels, loadings, x, groups, center):
 
 
 @pytest.mark.parametrize(
-    ("n", "groups", "center"), [(1, 1, "feature"), (31, 4, "token"), (33, 33, "feature"), (90, 8, "feature")]
+    ("n", "d", "groups", "center"),
+    [
+        (1, 64, 1, "feature"),
+        (2, 9, 2, "feature"),
+        (31, 64, 4, "token"),
+        (33, 64, 32, "feature"),
+        (90, 64, 8, "token"),  # more tokens than features: by way of the features
+        (110, 128, 52, "feature"),
+        (201, 202, 2, "feature"),  # several blocks share a step
+    ],
 )
-def test_psca_sizes(n, groups, center):
+def test_psca_groups_like_float64(n, d, groups, center):
     kernels.module().set_seed(n)
-    x = clustered_features(1, n, 64, seed=n, dtype=DTYPES[n % 3])
-    assert agreement(*kernels.psca(x, groups, center), x, groups, center) >= 0.95
+    x = clustered_features(1, n, d, seed=n, dtype=DTYPES[n % 3])
+    assert agreement(*kernels.psca(x, groups, center), x, groups, center) >= 0.99
 
 
 @pytest.mark.parametrize("center", ["feature", "token"])
-@pytest.mark.parametrize("groups", [4, 8, 16, 32, 48])
+def test_psca_with_fewer_clusters_than_groups(seed, center):
+    x = clustered_features(2, 70, 96, seed=1, clusters=3)
+    assert agreement(*kernels.psca(x, 12, center), x, 12, center) >= 0.99
+
+
+@pytest.mark.parametrize("center", ["feature", "token"])
+@pytest.mark.parametrize("groups", [4, 8, 16, 32, 48, 144])
 @pytest.mark.parametrize("features", ["photograph", "clustered"])
-def test_psca_groups_like_float64(features, groups, center):
-    if (features, groups, center) != ("photograph", 8, "feature") and not os.environ.get("LVTP_EMULATION_ALL"):
-        pytest.skip("takes its time; LVTP_EMULATION_ALL=1 runs it")
+def test_psca_groups_like_float64_at_full_size(features, groups, center):
+    if not os.environ.get("LVTP_EMULATION_ALL"):
+        pytest.skip("takes minutes; LVTP_EMULATION_ALL=1 runs it")
     kernels.module().set_seed(groups)
     x = photograph_features() if features == "photograph" else clustered_features(1, 576, 128, groups, clusters=24)
     assert agreement(*kernels.psca(x, groups, center), x, groups, center) >= 0.99
+
+
+def test_psca_of_a_photograph(seed):
+    x = photograph_features()[:, seed::5]
+    assert agreement(*kernels.psca(x, 16), x, 16, "feature") >= 0.99
 
 
 @pytest.mark.parametrize("center", ["feature", "token"])
@@ -349,3 +369,28 @@ def test_prune_sid_from_features_alone_and_with_more_groups_than_fit_in_shared_m
     scores, each = random_importance(1, 330), torch.arange(330)[None] % 300
     picks = kernels.prune_sid(wide, scores, 1200, 900, labels=each)
     assert_prunes_like_the_oracle(picks, wide, scores, each, 1200, 900)
+
+
+@pytest.mark.parametrize(("n", "reserved", "center"), [(32, 1, "feature"), (48, 0, "token")])
+def test_prune_sid_picks_what_the_cpu_picks(seed, n, reserved, center):
+    x = torch.cat([photograph_features()[:, 100:180, :90], clustered_features(1, 80, 90)])
+    importance = random_importance(2, 80, n) if seed % 2 else None
+    picks = kernels.prune_sid(x, importance, n, reserved, center)
+    assert torch.equal(picks, lvtp.prune_sid(x, importance, n, reserved, center))
+
+
+# ------------------------------------------------------------------------------------------------------ dynamic_budget
+
+
+@pytest.mark.parametrize("total", [6, 7, 40, 119, 120])
+def test_dynamic_budget_equals_the_cpus(seed, total):
+    x = torch.cat([clustered_features(1, 20, seed=i, clusters=1 + 2 * i, noise=0.05 + 0.1 * i) for i in range(6)])
+    x[4], x[5] = 1.0, torch.nan  # an image that repeats itself entirely, and one without any direction
+    for minimum in (1, total // 12):
+        assert torch.equal(kernels.dynamic_budget(x, total, minimum), lvtp.dynamic_budget(x, total, minimum))
+
+
+def test_dynamic_budget_of_more_images_than_threads():
+    kernels.module().set_seed(2)
+    x = torch.rand(1100, 3, 2, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(kernels.dynamic_budget(x, 2345, 0), lvtp.dynamic_budget(x, 2345, 0))
