@@ -1,115 +1,9 @@
 #include "eigen.h"
 
-#include "device.cuh"
+#include "tridiagonal.cuh"
 
 namespace lvtp::cuda {
 namespace {
-
-constexpr int kMostWarps = 16, kMostThreads = 32 * kMostWarps;
-constexpr int kMostParts = 128;  // blocks that share a step
-constexpr int kAlone = 192;      // rows from which on one block takes all steps: nothing is launched between them
-constexpr int kRowsAPart = 8;    // a warp each
-
-// The blocks that share step k of Householder's form.
-LVTP_HD int parts_of(int k) {
-  const int parts = (k + kRowsAPart - 1) / kRowsAPart;
-  return k <= kAlone ? 1 : parts < kMostParts ? parts : kMostParts;
-}
-
-// One image's matrix C, and what becomes of it.
-struct Form {
-  int n;
-  double* matrix;  // [n + 2, n]; step k leaves its reflector in row k + 1, which no later step needs; row n + 1 is zero
-  double* vectors;
-
-  LVTP_HD static int64_t size(int64_t n) { return 4 * n + 2 * kMostParts + 1; }
-  __device__ Form(double* matrices, double* forms, int64_t image, int n)
-      : n(n), matrix(matrices + image * eigen_matrix_size(n)), vectors(forms + image * size(n)) {}
-
-  __device__ double* row(int i) const { return matrix + static_cast<int64_t>(i) * n; }
-  __device__ double* reflector(int k) const { return row(k + 1); }
-  __device__ double* diagonal() const { return vectors; }
-  __device__ double* beside() const { return vectors + n; }  // [k] couples k - 1 and k
-  // Of step k and, until it is over, of the one before: y = C u [n], and pieces of u . y.
-  __device__ double* product(int k) const { return vectors + (2 + k % 2) * static_cast<int64_t>(n); }
-  __device__ double* partial(int k) const { return vectors + 4 * static_cast<int64_t>(n) + k % 2 * kMostParts; }
-  __device__ double& trace() const { return vectors[size(n) - 1]; }
-};
-
-// The trace, and zeros for the step that the first one looks back on. A block an image.
-__global__ void __launch_bounds__(kMostThreads) begin(double* matrices, double* forms, int n) {
-  const Form f(matrices, forms, blockIdx.x, n);
-  __shared__ double warps[kMostWarps];
-  double sum = 0.0;
-  for (int i = threadIdx.x; i < n; i += kMostThreads) {
-    sum += f.row(i)[i];
-    f.reflector(n)[i] = f.product(n)[i] = 0.0;
-  }
-  for (int p = threadIdx.x; p < kMostParts; p += kMostThreads) f.partial(n)[p] = 0.0;
-  sum = block_sum(sum, warps);
-  if (threadIdx.x == 0) f.trace() = sum;
-}
-
-// Householder's form T = Q^T C Q, from the last row up: step k leaves of row k but the diagonal and one element beside
-// it. With u its reflector, y = C u and w = y - u (u . y) / 2, a step is C -= u w^T + w u^T; that is put off until the
-// next one, h's, multiplies the matrix, so that it is read and written once a step. A warp a row.
-__device__ void step(const Form& f, int k, int part, double (&squares)[kMostWarps], double (&products)[kMostWarps]) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, parts = parts_of(k);
-  const double* __restrict__ h = f.reflector(k + 1), * __restrict__ y = f.product(k + 1), * __restrict__ row = f.row(k);
-  double half = 0.0;
-  for (int p = lane; p < parts_of(k + 1); p += 32) half += f.partial(k + 1)[p];
-  half = warp_sum(half) / 2;
-  const auto w = [&](int j) { return y[j] - half * h[j]; };
-  const double hk = h[k], wk = w(k);
-  const auto current = [&](int j) { return row[j] - hk * w(j) - wk * h[j]; };
-
-  double square = 0.0;
-  for (int j = threadIdx.x; j < k - 1; j += static_cast<int>(blockDim.x)) square += current(j) * current(j);
-  square = block_sum(square, squares);
-  // A row whose square is negligible is rounding, as all are of a matrix of low rank after a few steps: u = 0 then.
-  const double rounding = 2e-19 * f.trace(), last = k > 0 ? current(k - 1) : 0.0;
-  const bool nothing = square <= rounding * rounding;
-  const double length = sqrt(square + last * last), after = nothing ? last : last > 0.0 ? -length : length;
-  const double own = last - after, scale = nothing ? 0.0 : sqrt(2.0 / (square + own * own));
-  const auto u = [&](int j) { return scale * (j == k - 1 ? own : current(j)); };
-  if (part == 0) {
-    for (int j = threadIdx.x; j < k; j += static_cast<int>(blockDim.x)) f.reflector(k)[j] = u(j);
-    if (threadIdx.x == 0) {
-      f.diagonal()[k] = current(k);
-      f.beside()[k] = after;
-    }
-  }
-
-  double product = 0.0;
-  for (int i = part * warps + warp; i < k; i += parts * warps) {
-    double* __restrict__ mine = f.row(i);
-    const double hi = h[i], wi = w(i);
-    double sum = 0.0;
-#pragma unroll 4
-    for (int j = lane; j < k; j += 32) {
-      const double v = mine[j] - hi * w(j) - wi * h[j];
-      mine[j] = v;
-      sum += v * u(j);
-    }
-    sum = warp_sum(sum);
-    if (lane == 0) f.product(k)[i] = sum;
-    product += lane == 0 ? u(i) * sum : 0.0;
-  }
-  product = block_sum(product, products);
-  if (threadIdx.x == 0) f.partial(k)[part] = product;
-}
-
-// Steps first, first - 1, ..., last, by parts_of(first) blocks an image: several of them take one step.
-__global__ void __launch_bounds__(kMostThreads)
-    tridiagonalise(double* matrices, double* forms, int n, int first, int last) {
-  const int parts = parts_of(first);
-  const Form f(matrices, forms, blockIdx.x / parts, n);
-  __shared__ double squares[kMostWarps], products[kMostWarps];
-  for (int k = first; k >= last; --k) {
-    step(f, k, static_cast<int>(blockIdx.x % parts), squares, products);
-    __syncthreads();  // the step is complete
-  }
-}
 
 // T of trace 1. Equal eigenvalues have no vectors of their own; noise far below the accuracy of the matrix tells them
 // apart, so that they get different ones, and the same in every run. It also couples all rows. A thread a row.
@@ -284,9 +178,9 @@ cudaError_t leading_eigenvectors(
   int k = rows - 1;
   for (; k > kAlone; --k) {
     const unsigned grid = blocks(images * parts_of(k));
-    LVTP_TRY(launch(tridiagonalise, grid, kRowsAPart * 32, 0, stream, matrices, forms, rows, k, k));
+    LVTP_TRY(launch(tridiagonalise<32>, grid, kRowsAPart * 32, 0, stream, matrices, forms, rows, k, k));
   }
-  LVTP_TRY(launch(tridiagonalise, blocks(images), kMostThreads, 0, stream, matrices, forms, rows, k, 0));
+  LVTP_TRY(launch(tridiagonalise<8>, blocks(images), kMostThreads, 0, stream, matrices, forms, rows, k, 0));
   const unsigned by_row = blocks(ceil_div(images * n, kMostThreads)), by_vector = blocks(images * count);
   LVTP_TRY(launch(separate, by_row, kMostThreads, 0, stream, matrices, forms, images * n, rows));
   LVTP_TRY(launch(find_eigenvalues, by_vector, kPoints, 0, stream, matrices, forms, rows, wanted, values));
