@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(32) find_vectors(
   for (int i = lane; i < n; i += 32) z[i] *= scale;
 }
 
-constexpr int kTogether = 4, kThreads = 128;
+constexpr int kTogether = 4, kThreads = 128, kBatch = 4;
 
 // Q z for each vector: the reflectors in turn, kTogether at a time, whose products with each other say what one takes
 // from the next. A block a vector, of which each thread has elements of its own.
@@ -126,14 +126,24 @@ __global__ void __launch_bounds__(kThreads)
   for (int k = 1, turn = 0; k < n; k += kTogether, turn ^= 1) {
     const auto element = [&](int a, int j) { return j < k + a && k + a < n ? f.reflector(k + a)[j] : 0.0; };
     double dots[kTogether][kTogether] = {};  // [a][a]: u_a . z, [a][b < a]: u_a . u_b
-    for (int j = threadIdx.x; j < n && j < k + kTogether - 1; j += kThreads) {
-      double u[kTogether];
+    const int end = k + kTogether - 1 < n ? k + kTogether - 1 : n;
+    for (int first = threadIdx.x; first < end; first += kBatch * kThreads) {
+      double u[kBatch][kTogether + 1];  // and z
 #pragma unroll
-      for (int a = 0; a < kTogether; ++a) {
-        u[a] = element(a, j);
-        dots[a][a] += u[a] * z[j];
+      for (int e = 0; e < kBatch; ++e) {
+        const int j = first + e * kThreads;
 #pragma unroll
-        for (int b = 0; b < a; ++b) dots[a][b] += u[a] * u[b];
+        for (int a = 0; a < kTogether; ++a) u[e][a] = element(a, j);
+        u[e][kTogether] = j < end ? z[j] : 0.0;
+      }
+#pragma unroll
+      for (int e = 0; e < kBatch; ++e) {
+#pragma unroll
+        for (int a = 0; a < kTogether; ++a) {
+          dots[a][a] += u[e][a] * u[e][kTogether];
+#pragma unroll
+          for (int b = 0; b < a; ++b) dots[a][b] += u[e][a] * u[e][b];
+        }
       }
     }
     double part[kTogether];
@@ -155,7 +165,7 @@ __global__ void __launch_bounds__(kThreads)
         for (int w = 0; w < kThreads / 32; ++w) part[a] -= warps[turn][w][a][b] * part[b];
       }
     }
-    for (int j = threadIdx.x; j < n && j < k + kTogether - 1; j += kThreads) {
+    for (int j = threadIdx.x; j < end; j += kThreads) {
 #pragma unroll
       for (int a = 0; a < kTogether; ++a) z[j] -= element(a, j) * part[a];
     }

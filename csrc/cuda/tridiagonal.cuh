@@ -59,69 +59,89 @@ __device__ double sum_of_lanes(double v) {
   return v;
 }
 
-// row[j] -= change(j) for j < k, and a thread's part of the product of what that leaves with u. Loads come in batches,
-// which takes the time of one.
-template <int kLanes, class Change, class Vector>
-__device__ double update_row(double* __restrict__ row, int k, int lane, const Change& change, const Vector& u) {
+// A step of Householder's form T = Q^T C Q, from the last row up: step k leaves of row k but the diagonal and one
+// element beside it. With u its reflector, y = C u and w = y - u (u . y) / 2, a step is C -= u w^T + w u^T; that is put
+// off until the next one multiplies the matrix, so that it is read and written once a step. Here h and w are those of
+// the step before, and u is of this one.
+struct Step {
+  const double *h, *y, *row;
+  int k;
+  double half, hk, wk, own, scale;  // the last two once they are known
+
+  struct Column {
+    double h, w, left;  // left: row k as the step before leaves it
+  };
+  __device__ Column column(int j) const {
+    const double hj = h[j], w = y[j] - half * hj;
+    return {hj, w, row[j] - hk * w - wk * hj};
+  }
+  __device__ double u(int j, const Column& c) const { return scale * (j == k - 1 ? own : c.left); }
+};
+
+// What the step before leaves of a row of C, and a thread's part of its product with u. Loads come in batches, which
+// take the time of one.
+template <int kLanes>
+__device__ double update_row(const Step& s, int i, double* __restrict__ mine) {
   constexpr int kBatch = 6;
+  const double hi = s.h[i], wi = s.y[i] - s.half * hi;
   double sum = 0.0;
-  for (int first = lane; first < k; first += kBatch * kLanes) {
-    double v[kBatch];
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b) v[b] = first + b * kLanes < k ? row[first + b * kLanes] : 0.0;
+  for (int first = threadIdx.x % kLanes; first < s.k; first += kBatch * kLanes) {
+    Step::Column column[kBatch] = {};
+    double v[kBatch] = {};
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
       const int j = first + b * kLanes;
-      if (j >= k) break;
-      v[b] -= change(j);
-      row[j] = v[b];
-      sum += v[b] * u(j);
+      if (j >= s.k) continue;
+      v[b] = mine[j];
+      column[b] = s.column(j);
+    }
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const int j = first + b * kLanes;
+      v[b] -= hi * column[b].w + wi * column[b].h;
+      if (j < s.k) mine[j] = v[b];
+      sum += v[b] * s.u(j, column[b]);
     }
   }
   return sum;
 }
 
-// Householder's form T = Q^T C Q, from the last row up: step k leaves of row k but the diagonal and one element beside
-// it. With u its reflector, y = C u and w = y - u (u . y) / 2, a step is C -= u w^T + w u^T; that is put off until the
-// next one, h's, multiplies the matrix, so that it is read and written once a step. kLanes threads a row.
+// kLanes threads a row.
 template <int kLanes>
-__device__ void step(const Form& f, int k, int part, double (&squares)[kMostWarps], double (&products)[kMostWarps]) {
-  const double* __restrict__ h = f.reflector(k + 1), * __restrict__ y = f.product(k + 1), * __restrict__ row = f.row(k);
-  double half = 0.0;
-  for (int p = threadIdx.x % 32; p < parts_of(k + 1); p += 32) half += f.partial(k + 1)[p];
-  half = warp_sum(half) / 2;
-  const auto w = [&](int j) { return y[j] - half * h[j]; };
-  const double hk = h[k], wk = w(k);
-  const auto current = [&](int j) { return row[j] - hk * w(j) - wk * h[j]; };
+__device__ void take_step(
+    const Form& f, int k, int part, double (&squares)[kMostWarps], double (&products)[kMostWarps]) {
+  const int threads = static_cast<int>(blockDim.x);
+  Step s{f.reflector(k + 1), f.product(k + 1), f.row(k), k, 0.0, 0.0, 0.0, 0.0, 0.0};
+  for (int p = threadIdx.x % 32; p < parts_of(k + 1); p += 32) s.half += f.partial(k + 1)[p];
+  s.half = warp_sum(s.half) / 2;
+  s.hk = s.h[k];
+  s.wk = s.y[k] - s.half * s.hk;
 
-  const int threads = blockDim.x;
   double square = 0.0;
-  for (int j = threadIdx.x; j < k - 1; j += threads) square += current(j) * current(j);
+  for (int j = threadIdx.x; j < k - 1; j += threads) square += s.column(j).left * s.column(j).left;
   square = block_sum(square, squares);
   // A row whose square is negligible is rounding, as all are of a matrix of low rank after a few steps: u = 0 then.
-  const double rounding = 2e-19 * f.trace(), last = k > 0 ? current(k - 1) : 0.0;
+  const double rounding = 2e-19 * f.trace(), last = k > 0 ? s.column(k - 1).left : 0.0;
   const bool nothing = square <= rounding * rounding;
   const double length = sqrt(square + last * last), after = nothing ? last : last > 0.0 ? -length : length;
-  const double own = last - after, scale = nothing ? 0.0 : sqrt(2.0 / (square + own * own));
-  const auto u = [&](int j) { return scale * (j == k - 1 ? own : current(j)); };
+  s.own = last - after;
+  s.scale = nothing ? 0.0 : sqrt(2.0 / (square + s.own * s.own));
   if (part == 0) {
-    for (int j = threadIdx.x; j < k; j += threads) f.reflector(k)[j] = u(j);
+    for (int j = threadIdx.x; j < k; j += threads) f.reflector(k)[j] = s.u(j, s.column(j));
     if (threadIdx.x == 0) {
-      f.diagonal()[k] = current(k);
+      f.diagonal()[k] = s.column(k).left;
       f.beside()[k] = after;
     }
   }
 
-  const int lane = threadIdx.x % kLanes, rows = threads / kLanes;
+  const int rows = threads / kLanes;
   double product = 0.0;
   for (int first = part * rows; first < k; first += parts_of(k) * rows) {
-    const int i = first + threadIdx.x / kLanes;
-    double sum = 0.0;
-    if (i < k) sum = update_row<kLanes>(f.row(i), k, lane, [&](int j) { return h[i] * w(j) + w(i) * h[j]; }, u);
-    sum = sum_of_lanes<kLanes>(sum);
-    if (i < k && lane == 0) {
+    const int i = first + static_cast<int>(threadIdx.x) / kLanes;
+    const double sum = sum_of_lanes<kLanes>(i < k ? update_row<kLanes>(s, i, f.row(i)) : 0.0);
+    if (i < k && threadIdx.x % kLanes == 0) {
       f.product(k)[i] = sum;
-      product += u(i) * sum;
+      product += s.u(i, s.column(i)) * sum;
     }
   }
   product = block_sum(product, products);
@@ -136,7 +156,7 @@ __global__ void __launch_bounds__(kMostThreads)
   const Form f(matrices, forms, blockIdx.x / parts, n);
   __shared__ double squares[kMostWarps], products[kMostWarps];
   for (int k = first; k >= last; --k) {
-    step<kLanes>(f, k, static_cast<int>(blockIdx.x % parts), squares, products);
+    take_step<kLanes>(f, k, static_cast<int>(blockIdx.x % parts), squares, products);
     __syncthreads();  // the step is complete
   }
 }
