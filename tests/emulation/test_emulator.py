@@ -132,7 +132,7 @@ def test_address_sanitizer_sees_a_write_past_shared_memory_and_passes_the_kernel
         "LD_PRELOAD": build.asan_runtime(),
         "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0",
     }
-    chosen = "seed1 and (barrier or warp or votes or sizes) and not 57"
+    chosen = "seed1 and (barrier or warp or votes or sizes or clusters) and not 57"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", build.HERE, "-k", chosen]
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=build.ROOT)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
