@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) suppress_in_groups(
   const int size = gather_members(leader + first, j, n, lane, mine);
   slots += mine - members;
 
-  greedy<kRegisters>(
+  greedy<kRegisters, false>(
       GroupNms{thresholds != nullptr ? thresholds[image] : threshold}, WarpTeam<State>{}, size, size, slots,
       [&](int m, State& s) {
         const float score = scores[mine[m]];

@@ -96,10 +96,12 @@ struct Slot {
 // Tokens 0..n-1 of one image, dealt to the team's threads in turn: the first kRegisters of each thread live in its
 // registers, any others in `slots`, workspace that the threads never share.
 //   load(j, state)      the token's state; false where it takes no part
-//   similarity(j, i)    asked once for each pair that a rule's update needs
+//   similarity(j, i)    asked once for each pair whose update needs it
 //   take(step, i)       called by one thread
+// kAhead: rows are read as soon as a pick is known, before it is known whether it matters; the pick's state arrives
+// meanwhile. For rules whose picks nearly all do.
 // Returns, in every thread, how many were taken: k, or fewer where the rule ends the loop or the tokens do.
-template <int kRegisters, class Rule, class Team, class Load, class Similarity, class Take>
+template <int kRegisters, bool kAhead, class Rule, class Team, class Load, class Similarity, class Take>
 __device__ int64_t greedy(
     const Rule& rule, Team team, int n, int64_t k, Slot<Rule>* slots, const Load& load, const Similarity& similarity,
     const Take& take) {
@@ -138,7 +140,8 @@ __device__ int64_t greedy(
 
     const bool matters = rule.matters(pick.state) && step + 1 < k;
     const auto changes = [&](const State& s) { return matters && rule.touches(s, pick.state); };
-    constexpr int kAtOnce = kRegisters < 4 ? kRegisters : 4;  // read before any is used: one trip to memory for all
+    // First all reads, then all updates, none behind a branch: the tokens' ways to memory and back overlap.
+    constexpr int kAtOnce = kRegisters < 4 ? kRegisters : 4;
 #pragma unroll
     for (int first = 0; first < kRegisters; first += kAtOnce) {
       float row[kAtOnce] = {};
@@ -146,11 +149,13 @@ __device__ int64_t greedy(
       for (int p = first; p < first + kAtOnce; ++p) {
         const int j = team.thread() + p * team.size();
         if (j == i) out |= 1u << p;
-        if (!(out >> p & 1) && changes(state[p])) row[p - first] = similarity(j, i);
+        if (!(out >> p & 1) && (kAhead || changes(state[p]))) row[p - first] = similarity(j, i);
       }
 #pragma unroll
       for (int p = first; p < first + kAtOnce; ++p) {
-        if (!(out >> p & 1) && changes(state[p])) rule.update(state[p], pick.state, row[p - first]);
+        State changed = state[p];
+        rule.update(changed, pick.state, row[p - first]);
+        state[p] = !(out >> p & 1) && changes(state[p]) ? changed : state[p];
       }
     }
     for (int j = first_slot; j < n; j += team.size()) {

@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) suppress(
   const auto real = [&](int j) { return mask == nullptr || mask[image * n + j]; };
   const Scaling scaling = raw ? scaling_of(scores, n, real) : Scaling{};
   __shared__ BlockTeam<State>::Shared shared;
-  const int64_t taken = greedy<kRegisters>(
+  const int64_t taken = greedy<kRegisters, true>(
       rule, BlockTeam<State>{shared}, n, k, slots,
       [&](int j, State& s) {
         s.score = finite_score(raw ? scaling.of(scores[j]) : scores[j]);
