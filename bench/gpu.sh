@@ -47,19 +47,19 @@ on_gpu() { # as stage, where there is a device
   command -v nvcc >/dev/null && nvcc --version | tail -n 2 | head -n 1
 } >"$results/summary.txt" 2>&1
 
-stage build 170 "$PYTHON" -m pip install --no-build-isolation --no-deps -e .
+stage build 150 "$PYTHON" -m pip install --no-build-isolation --no-deps -e .
 stage info 15 "$PYTHON" -c 'import lvtp, pprint; pprint.pprint(lvtp.build_info())'
 on_gpu gpu-tests 45 "$PYTHON" -m pytest -v --tb=short -p no:cacheprovider tests/test_gpu.py
-on_gpu operators 100 "$PYTHON" -m pytest -v --tb=short -p no:cacheprovider -m gpu tests \
+on_gpu operators 90 "$PYTHON" -m pytest -v --tb=short -p no:cacheprovider -m gpu tests \
   --ignore=tests/test_gpu.py --ignore=tests/hf --ignore=tests/test_demo.py
 # Under the sanitizer a kernel is 10 to 100 times slower, so: small shapes, and no test that starts other processes.
 for tool in memcheck racecheck synccheck; do
-  on_gpu "$tool" 30 compute-sanitizer --tool "$tool" --error-exitcode 1 \
+  on_gpu "$tool" 45 compute-sanitizer --tool "$tool" --error-exitcode 1 \
     "$PYTHON" -m pytest -v --tb=short -p no:cacheprovider -m gpu \
     tests/test_cosine_similarity.py tests/test_mean_similarity.py tests/test_greedy_suppression.py \
     tests/test_cluster_nms.py tests/test_id_selection.py tests/test_psca.py tests/test_prune_sid.py \
     -k 'native and (33 or mask or tie or finite or any_length)'
 done
-on_gpu bench 170 "$PYTHON" -m bench.gpu "$results"
+on_gpu bench 150 "$PYTHON" -m bench.gpu "$results"
 printf '\n%s\n' "$results/summary.txt" && cat "$results/summary.txt"
 exit "$failed"
