@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kThreads) pick_by_quota(
 
 struct Pieces {
   int64_t bytes;
-  float *rho, *scale, *loadings, *similarity;
+  float *rho, *loadings, *similarity;
   int64_t* labels;
   bool* kept;
   int* counts;
@@ -118,7 +118,6 @@ Pieces divide(void* workspace, int64_t images, int64_t n, int64_t d, int64_t gro
   Workspace w{static_cast<char*>(workspace)};
   Pieces p{};
   p.rho = w.take<float>(images);
-  p.scale = w.take<float>(images * n);
   p.loadings = w.take<float>(images * n);
   p.labels = w.take<int64_t>(images * n);
   p.kept = w.take<bool>(images * n);
