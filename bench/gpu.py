@@ -145,12 +145,14 @@ def peak_memory(run: Callable) -> int:
 
 def row(name: str, shape: Shape, dtype: torch.dtype, flush: torch.Tensor) -> dict:
     args = arguments(name, shape, dtype, "cuda")
-    runs, errors, memory = {}, {}, {}
+    runs, errors, memory, first = {}, {}, {}, {}
     for variant, prepare in variants(name, shape, args).items():
+        started = time.monotonic()
         try:
             runs[variant] = prepare()
             runs[variant]()
             torch.cuda.synchronize()
+            first[variant] = time.monotonic() - started
             if variant.endswith("call"):
                 memory[variant] = peak_memory(runs[variant])
         except Exception as error:  # another variant may still do
@@ -162,6 +164,7 @@ def row(name: str, shape: Shape, dtype: torch.dtype, flush: torch.Tensor) -> dic
         "dtype": str(dtype).removeprefix("torch."),
         "seconds": medians(runs, flush),
         "least_seconds": least_seconds(name, shape, dtype),
+        "first_seconds": first,  # until the first result, with what is compiled or captured on the way
         "bytes": memory,
         "errors": errors,
     }
@@ -173,6 +176,8 @@ def text(row: dict) -> str:
     ours, least = seconds.pop("lvtp", None), row["least_seconds"]
     share = f" {100 * least / ours:3.0f}%" if ours and least else ""
     others = "".join(f"  {v} {1e6 * s:.1f}" + (f" ({s / ours:.1f})" if ours else "") for v, s in seconds.items())
+    compiling = row["first_seconds"].get("triton", 0.0)
+    others += f"  (triton's first: {compiling:.1f} s)" if compiling > 0.1 else ""
     failed = "".join(f"\n    {variant} failed: {why.splitlines()[0]}" for variant, why in row["errors"].items())
     head = f"{row['name']:18s} {shape:44s} {row['dtype']:8s} lvtp "
     return head + (f"{1e6 * ours:9.1f}{share}" if ours else "   failed") + others + failed
