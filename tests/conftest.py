@@ -82,13 +82,8 @@ def device(request):
 @pytest.fixture(params=BACKENDS)
 def backend(request, device):
     """Every call in the test is served by this backend, or raises."""
-    with served_by(request.param, device):
+    with lvtp.use_backend(request.param):
         yield request.param
-
-
-def served_by(backend, device):
-    """On a GPU "native" means what "auto" picks: operators without a CUDA kernel of their own would raise."""
-    return lvtp.use_backend("auto" if (backend, device) == ("native", "cuda") else backend)
 
 
 @pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))

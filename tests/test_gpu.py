@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import NO_GPU, served_by
+from conftest import NO_GPU
 from test_torch import OPERATORS, Selectors, example
 
 import lvtp
@@ -21,7 +21,7 @@ CYCLES = 20_000_000  # about 10 ms
 @pytest.fixture(params=("native", "triton"))
 def served(request):
     """A function that makes calls in its thread go to the compiled kernels, or to Triton's."""
-    return lambda: served_by(request.param, "cuda")
+    return lambda: lvtp.use_backend(request.param)
 
 
 def run(name, args):

@@ -9,7 +9,7 @@ import math
 import oracle
 import pytest
 import torch
-from conftest import BACKENDS, DEVICES, DTYPES, VIEWS, served_by
+from conftest import BACKENDS, DEVICES, DTYPES, VIEWS
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -109,7 +109,7 @@ def assert_real_and_unique(picks, problem, places):
 @given(problems())
 def test_similarity(backend, device, problem):
     x, mask = arguments(problem, device, "features", "mask")
-    with served_by(backend, device):
+    with lvtp.use_backend(backend):
         sim, rho = lvtp.cosine_similarity(x), lvtp.mean_similarity(x, mask)
         assert torch.equal(sim, lvtp.cosine_similarity(x))
     assert sim.dtype == rho.dtype == torch.float32
@@ -126,7 +126,7 @@ def test_greedy_suppression(backend, device, problem, dtype):
     problem["similarity"] = 1 - torch.randn(b, n, n, generator=g).abs()
     problem["similarity"][torch.rand(b, n, n, generator=g) < 0.05] = SPECIAL[problem["n"] % 4]
     scores, sim, k, gamma, mask = arguments(problem, device, "scores", "similarity", "k", "gamma", "mask")
-    with served_by(backend, device):
+    with lvtp.use_backend(backend):
         everything = lvtp.greedy_suppression(scores, sim, n, gamma, mask)
         assert torch.equal(lvtp.greedy_suppression(scores.to(dtype), sim.to(dtype), k, gamma, mask), everything[:, :k])
         for i in range(b):
@@ -146,7 +146,7 @@ def test_cluster_nms(backend, device, problem, tau, per_image):
     problem["similarity"][torch.rand(b, n, n, generator=g) < 0.05] = SPECIAL[problem["n"] % 4]
     scores, labels, sim, mask = arguments(problem, device, "scores", "labels", "similarity", "mask")
     threshold = torch.full((b,), tau, device=device) if per_image else tau
-    with served_by(backend, device):
+    with lvtp.use_backend(backend):
         kept = lvtp.cluster_nms(scores, labels, sim, threshold, mask)
     assert kept.shape == (b, n)
     assert kept.dtype == torch.bool
@@ -158,7 +158,7 @@ def test_cluster_nms(backend, device, problem, tau, per_image):
 def test_id_selection(backend, device, problem):
     x, s, k, gamma, mask = arguments(problem, device, "features", "scores", "k", "gamma", "mask")
     n = s.shape[1]
-    with served_by(backend, device):
+    with lvtp.use_backend(backend):
         everything = lvtp.id_selection(x, s, n, gamma, mask)
         assert torch.equal(lvtp.id_selection(x, s, n, gamma, mask), everything)
         assert torch.equal(lvtp.id_selection(x, s, k, gamma, mask), everything[:, :k])
@@ -179,7 +179,7 @@ def test_id_selection(backend, device, problem):
 def test_psca(backend, device, problem):
     x, n, center = arguments(problem, device, "features", "n", "center")
     groups = min(n, x.shape[1])
-    with served_by(backend, device):
+    with lvtp.use_backend(backend):
         labels, loadings = lvtp.psca(x, groups, center)
         again = lvtp.psca(x, groups, center)
     assert torch.equal(labels, again[0])
@@ -199,7 +199,7 @@ def test_prune_sid_with_given_groups(backend, device, problem):
     x, s, n, reserved, labels, mask = arguments(
         problem, device, "features", "scores", "n", "reserved", "labels", "mask"
     )
-    with served_by(backend, device):
+    with lvtp.use_backend(backend):
         picks = lvtp.prune_sid(x, s, n, reserved, labels=labels, mask=mask)
     assert_real_and_unique(picks, problem, min(n - reserved, s.shape[1]))
     for row, (values, scores, group, real) in zip(picks.tolist(), images(problem, x, s, labels), strict=True):
@@ -213,7 +213,7 @@ def test_prune_sid(backend, device, problem, use_importance):
         problem, device, "features", "scores", "n", "reserved", "center", "mask"
     )
     importance = s if use_importance else None
-    with served_by(backend, device):
+    with lvtp.use_backend(backend):
         picks = lvtp.prune_sid(x, importance, n, reserved, center, None, mask)
         assert torch.equal(lvtp.prune_sid(x, importance, n, reserved, center, None, mask), picks)
     assert_real_and_unique(picks, problem, min(n - reserved, s.shape[1]))
@@ -228,7 +228,7 @@ def test_dynamic_budget(backend, device, problem, data):
     b, n = x.shape[:2]
     minimum = data.draw(st.integers(0, n), label="minimum")
     total = data.draw(st.integers(b * minimum, b * n), label="total")
-    with served_by(backend, device):
+    with lvtp.use_backend(backend):
         budget = lvtp.dynamic_budget(x, total, minimum)
         assert torch.equal(lvtp.dynamic_budget(x, total, minimum), budget)
     assert budget.shape == (b,)
