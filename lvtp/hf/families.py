@@ -5,8 +5,11 @@ from transformers.modeling_utils import PreTrainedModel
 from lvtp.hf.family import Family
 from lvtp.hf.llava import Llava
 from lvtp.hf.options import Options
+from lvtp.hf.qwen2_5_vl import Qwen25VL
+from lvtp.hf.qwen2_vl import Qwen2VL
+from lvtp.hf.qwen3_vl import Qwen3VL
 
-_FAMILIES: tuple[Family, ...] = (Llava(),)
+_FAMILIES: tuple[Family, ...] = (Llava(), Qwen2VL(), Qwen25VL(), Qwen3VL())
 
 
 def supported() -> tuple[str, ...]:

@@ -29,13 +29,16 @@ class Family(ABC):
     scopes: ClassVar[tuple[str, ...]]  # what a budget can be counted over
     newlines: ClassVar[tuple[str, ...]] = ()  # policies for row-separator tokens, where the family has them
     default_positions: ClassVar[str] = "compact"
+    continues_by_itself: ClassVar[bool] = False  # whether the model knows where the positions after a prompt go on
 
     @abstractmethod
     def check(self, model: PreTrainedModel, options: Options) -> None:
         """Raises for what this family cannot do, before anything runs."""
 
     @abstractmethod
-    def encode(self, model: PreTrainedModel, modality: str, arguments: dict[str, Any], score: Score) -> Encoded:
+    def encode(
+        self, model: PreTrainedModel, modality: str, arguments: dict[str, Any], score: Score, scope: str = "image"
+    ) -> Encoded:
         """Runs the model's own encoder once on `arguments` and maps features and scores to the placeholders."""
 
     def container(self, encoded: Encoded, selected: list[Tensor]) -> ModelOutput:
@@ -53,3 +56,10 @@ class Family(ABC):
     def original_positions(self, model: PreTrainedModel, call: Mapping[str, Any], real: Tensor) -> Tensor:
         """Positions [B, S] in the unpruned `call`, counted over its `real` (not padding) tokens [B, S]."""
         return (real.long().cumsum(dim=1) - 1).clamp(min=0)
+
+    def place(self, model: PreTrainedModel, call: dict[str, Any], next_position: Tensor) -> dict[str, Any]:
+        """The shortened `call` with its positions as the model takes them, and the model told how they go on.
+
+        `next_position` [B] is the position of the token after each prompt.
+        """
+        return call

@@ -110,13 +110,16 @@ def check_continued_prompt(call: dict[str, Any]) -> None:
         )
 
 
-def continue_positions(call: dict[str, Any], positions: str) -> dict[str, Any]:
-    """The call with the position ids of a later turn, where those that transformers counts would be too low."""
+def continue_positions(call: dict[str, Any], must_be_known: bool) -> dict[str, Any]:
+    """The call with the position ids of a later turn, where those that transformers counts would be too low.
+
+    Raises ValueError for a cache that did not come from a pruned `generate` if where it goes on `must_be_known`.
+    """
     cache = filled_cache(call)
     if cache is None or call.get("position_ids") is not None:
         return call
     known = _CACHED_PROMPTS.get(cache)
-    if known is None and positions == "original":
+    if known is None and must_be_known:
         raise ValueError(
             "position_ids must be given with positions='original' and a past_key_values that did not come from a "
             "pruned generate: they go on from pruning.last.next_position"

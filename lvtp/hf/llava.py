@@ -17,7 +17,9 @@ class Llava(Family):
     def check(self, model: PreTrainedModel, options: Options) -> None:
         check_tower(model, options.score)
 
-    def encode(self, model: PreTrainedModel, modality: str, arguments: dict[str, Any], score: Score) -> Encoded:
+    def encode(
+        self, model: PreTrainedModel, modality: str, arguments: dict[str, Any], score: Score, scope: str = "image"
+    ) -> Encoded:
         if arguments.get("image_sizes") is not None:
             raise ValueError("image_sizes must be left out: towers with images of several sizes are not supported")
         outputs, features, importance = encode_with_tower(model, arguments, score)

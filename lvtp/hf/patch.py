@@ -46,9 +46,14 @@ class Pruning:
     def _forward(self, model: PreTrainedModel, call: dict[str, Any]) -> dict[str, Any]:
         """The arguments for `model.forward` instead of `call`."""
         if not has_pixels(self._family, call):
-            return generation.continue_positions(call, self._family.positions(self.options))
+            return generation.continue_positions(call, self._positions_are_ours)
         call, self.last = rewrite(model, self._family, call, self.options)
         return call
+
+    @property
+    def _positions_are_ours(self) -> bool:
+        """Whether the model alone would number a later turn wrongly."""
+        return self._family.positions(self.options) == "original" and not self._family.continues_by_itself
 
     @torch.no_grad()
     def _generate(self, original: Callable, model: PreTrainedModel, call: dict[str, Any]):
@@ -56,7 +61,7 @@ class Pruning:
         positions = self._family.positions(self.options)
         if not has_pixels(self._family, call):
             generation.check_continued_prompt(call)
-            return original(**generation.continue_positions(call, positions))
+            return original(**generation.continue_positions(call, self._positions_are_ours))
         prompt = call.get("input_ids")
         call, self.last = rewrite(model, self._family, call, self.options, side="left")
         if call["input_ids"] is prompt:  # everything was kept

@@ -76,29 +76,28 @@ def rewrite(
     real = real_tokens(call)  # [B, S]
     positions = family.positions(options)
     kept, indices, encoder_outputs = real.clone(), [], {}
-    shortened = dict(call)
+    shortened = {name: value for name, value in call.items() if name not in family.modalities.values()}
     for modality, pixels in family.modalities.items():
         if call.get(pixels) is None:
             continue
         arguments = _encoder_arguments(model, modality, call)
-        encoded = family.encode(model, modality, arguments, options.score)
+        encoded = family.encode(model, modality, arguments, options.score, options.scope)
         selected = _select(encoded, options)
         placeholders = call["input_ids"] == _placeholder_id(model, modality)  # [B, S]
         _check_placeholders(modality, placeholders, real, encoded)
         kept[placeholders] = _keep_mask(encoded, selected).to(kept.device)
         encoder_outputs[modality] = family.container(encoded, selected)
         indices += selected
-        for name in arguments:
-            shortened.pop(name, None)
 
     next_position = kept.sum(dim=1)
     if not torch.equal(kept, real):  # else the text stays as it came: bit for bit the unpruned call
         if positions == "original":
             shortened |= _original_positions(model, family, call, real)
-            next_position = shortened["position_ids"].amax(dim=1) + 1
+            next_position = shortened["position_ids"].amax(dim=-1).view(-1, len(real)).amax(dim=0) + 1
         elif call.get("position_ids") is not None:
             raise ValueError("position_ids must be left out with positions='compact'; positions='original' keeps them")
         shortened = shorten(shortened, kept, side or padding_side(real), _pad_token_id(model, family))
+        shortened = family.place(model, shortened, next_position)
     shortened["mm_encoder_outputs"] = encoder_outputs
     counts = tuple(len(index) for index in indices)
     return shortened, Pruned(kept, tuple(indices), counts, next_position, options.scope, positions)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 # What padding holds in the [B, S] tensors a prompt may come with; input_ids gets the model's own padding token.
-_PADDING = {"attention_mask": 0, "labels": -100, "token_type_ids": 0, "position_ids": 0}
+_PADDING = {"attention_mask": 0, "labels": -100, "token_type_ids": 0, "mm_token_type_ids": 0, "position_ids": 0}
 # Tensors whose sizes have nothing to do with the prompt's, even where they happen to agree.
 _INDEPENDENT = ("negative_prompt_ids", "negative_prompt_attention_mask")
 
@@ -46,9 +46,10 @@ def shorten(call: dict[str, Any], kept: Tensor, side: str, pad_token_id: int) ->
     for name, value in call.items():
         if not isinstance(value, Tensor) or name in _INDEPENDENT:
             continue
-        if name in fills and value.shape == ids.shape:
-            new = value.new_full(filled.shape, fills[name])
-            new[filled.to(value.device)] = value[kept.to(value.device)]
+        along = value.shape == ids.shape or (name == "position_ids" and value.shape[1:] == ids.shape)  # [axes, B, S]
+        if name in fills and along:
+            new = value.new_full((*value.shape[:-2], *filled.shape), fills[name])
+            new[..., filled.to(value.device)] = value[..., kept.to(value.device)]
             shortened[name] = new
         elif ids.shape[1] in value.shape[:2]:
             raise ValueError(

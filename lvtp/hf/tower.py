@@ -50,7 +50,7 @@ def encode_with_tower(
 
     features = projector_input[0].detach()  # [n, N, Dv]
     if callable(score):
-        return outputs, features, _called(score, features)
+        return outputs, features, called(score, features)
     score = _resolve(score, model, strategy)
     rule = cls_attention if score == "cls" else received_attention
     importance = rule(tap.query, tap.key, attention.scale)  # [n, tower tokens]
@@ -82,7 +82,8 @@ def _resolve(score: str, model: PreTrainedModel, strategy: str) -> str:
     return "cls" if has_cls and strategy == "default" else "received"
 
 
-def _called(score: Callable[[Tensor], Tensor], features: Tensor) -> Tensor:
+def called(score: Callable[[Tensor], Tensor], features: Tensor) -> Tensor:
+    """The importance, fp32 [n, N], that a caller's own `score` gives features [n, N, Dv]."""
     importance = score(features)
     if not isinstance(importance, Tensor) or importance.shape != features.shape[:2]:
         got = list(importance.shape) if isinstance(importance, Tensor) else type(importance).__name__

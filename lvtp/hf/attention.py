@@ -1,0 +1,67 @@
+"""Queries and keys as one attention layer hands them to its kernel: after rotary embeddings, norms and window orders.
+
+Where the projections do not show them (Qwen towers, decoders), the layer is pointed at an attention function of our
+own, which looks at its arguments and calls the one that was there: the layer's output stays what it was, bit for bit.
+Only that layer gets a private copy of its config; the others share the old one.
+"""
+
+import copy
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from lvtp.importance import received_attention
+
+Seen = Callable[[Tensor, Tensor, dict], None]
+
+
+@contextmanager
+def watched(layer: nn.Module, seen: Seen) -> Iterator[None]:
+    """Calls `seen(query, key, keywords)` before every attention of `layer`.
+
+    Args:
+        layer: an attention layer of transformers, which looks its kernel up by `layer.config`.
+        seen: gets query [B, H, N, d] and key [B, H', N, d], detached, and the kernel's keyword arguments.
+    """
+    config = layer.config
+    name = config._attn_implementation or "eager"
+    eager = sys.modules[type(layer).__module__].eager_attention_forward
+    kernel = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+
+    def look_and_attend(module, query, key, *args, **kwargs):
+        seen(query.detach(), key.detach(), kwargs)
+        return kernel(module, query, key, *args, **kwargs)
+
+    # transformers tells kernels apart by their name ("flash" in it), so ours holds the old one.
+    ours = f"lvtp_{id(look_and_attend)}_{name}"
+    ALL_ATTENTION_FUNCTIONS[ours] = look_and_attend
+    layer.config = copy.copy(config)
+    layer.config._attn_implementation_internal = ours
+    try:
+        yield
+    finally:
+        layer.config = config
+        del ALL_ATTENTION_FUNCTIONS[ours]
+
+
+@contextmanager
+def received_by_segment(layer: nn.Module) -> Iterator[list[Tensor]]:
+    """Mean attention received by every token of a packed sequence that `layer` reads segment by segment.
+
+    Yields:
+        A list that fills up in order with one fp32 [n] a segment; each sums to 1.
+    """
+    received: list[Tensor] = []
+
+    def score(query: Tensor, key: Tensor, keywords: dict) -> None:
+        lengths = [query.shape[2]]
+        if keywords.get("cu_seq_lens_q") is not None:  # FlashAttention reads all segments at once
+            lengths = keywords["cu_seq_lens_q"].diff().tolist()
+        pairs = zip(query.split(lengths, dim=2), key.split(lengths, dim=2), strict=True)
+        received.extend(received_attention(q, k, keywords.get("scaling"))[0] for q, k in pairs)
+
+    with watched(layer, score):
+        yield received

@@ -1,0 +1,102 @@
+"""What the Qwen-VL families share: images and videos of any size in one sequence, positions on three axes (mRoPE)."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_utils import PreTrainedModel
+
+from lvtp.hf.attention import received_by_segment
+from lvtp.hf.family import Encoded, Family
+from lvtp.hf.options import Options, Score
+from lvtp.hf.sequence import real_tokens
+from lvtp.hf.tower import called
+
+# What `get_rope_index` counts, beside the mask.
+_COUNTED = ("input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+
+
+class MRope(Family):
+    """A placeholder is a block of patches, merged before the language model; the selector compares merged tokens.
+
+    The importance of a token is the mean attention that its patches receive.
+    """
+
+    modalities: ClassVar = {"image": "pixel_values", "video": "pixel_values_videos"}
+    scopes = ("image", "frame")
+    default_positions = "original"
+    continues_by_itself = True
+
+    def scored_layer(self, tower: PreTrainedConfig) -> int:
+        """The last layer of the tower that reads whole frames."""
+        return tower.depth - 1
+
+    def raster_order(self, scores: Tensor, grid: Tensor, tower: PreTrainedConfig) -> Tensor:
+        """Scores [sum N_i] in the tower's order -> in the order of the placeholders."""
+        return scores
+
+    def tokens(self, outputs: ModelOutput) -> list[Tensor]:
+        """All that the language model reads of every image or video: [N_i, D] each."""
+        return outputs.pooler_output
+
+    def check(self, model: PreTrainedModel, options: Options) -> None:
+        if options.score == "cls":
+            raise ValueError(
+                f"score='cls' needs a vision tower with a CLS token, that of {self.model_class} has none; "
+                "use score='received'"
+            )
+        self.scored_layer(model.config.vision_config)
+
+    def encode(
+        self, model: PreTrainedModel, modality: str, arguments: dict[str, Any], score: Score, scope: str = "image"
+    ) -> Encoded:
+        core, tower = model.base_model, model.base_model.visual
+        grid = arguments.get(f"{modality}_grid_thw")  # [items, 3]
+        if grid is None:
+            raise ValueError(f"{modality}_grid_thw must be given beside {self.modalities[modality]}, got none")
+        with ExitStack() as stack:
+            if not callable(score):
+                layer = tower.blocks[self.scored_layer(tower.config)].attn
+                received = stack.enter_context(received_by_segment(layer))
+            outputs = getattr(core, f"get_{modality}_features")(**arguments, return_dict=True)
+
+        frames = grid[:, 0].tolist() if scope == "frame" else [1] * len(grid)
+        merged = [item.detach().unflatten(0, (n, -1)) for item, n in zip(outputs.pooler_output, frames, strict=True)]
+        if callable(score):
+            importance = [row for item in merged for row in called(score, item)]
+        else:
+            patches = torch.cat(received).unflatten(0, (-1, tower.spatial_merge_size**2))
+            scores = self.raster_order(patches.mean(dim=1), grid, tower.config)
+            importance = list(scores.split([item.shape[1] for item in merged for _ in item]))
+        tokens = zip(self.tokens(outputs), frames, strict=True)
+        projected = [frame for item, n in tokens for frame in item.unflatten(0, (n, -1))]
+        return Encoded(projected, [frame for item in merged for frame in item], importance)
+
+    def original_positions(self, model: PreTrainedModel, call: Mapping[str, Any], real: Tensor) -> Tensor:
+        """[3, B, S]: time, height and width."""
+        if call.get("mm_token_type_ids") is None:
+            raise ValueError(
+                "mm_token_type_ids must be given to count positions on three axes, got none "
+                "(the processor returns it beside input_ids); positions='compact' does without"
+            )
+        counted = {name: call[name] for name in _COUNTED if call.get(name) is not None}
+        return model.base_model.get_rope_index(**counted, attention_mask=real.long())[0]
+
+    def place(self, model: PreTrainedModel, call: dict[str, Any], next_position: Tensor) -> dict[str, Any]:
+        """Positions [4, B, S']: first one that numbers the tokens through, from which masks are made, then the axes.
+
+        Without it, gaps in the positions would be read as the starts of packed sequences. Steps that come without
+        positions go on from `rope_deltas`, how far positions run ahead of the tokens.
+        """
+        real = real_tokens(call)
+        numbers = (real.long().cumsum(dim=1) - 1).clamp(min=0)
+        axes = call.get("position_ids")
+        axes = numbers.expand(3, *numbers.shape) if axes is None else axes.expand(3, *numbers.shape)
+        model.base_model.rope_deltas = (next_position - real.sum(dim=1))[:, None]
+        dropped = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+        call = {name: value for name, value in call.items() if name not in dropped}
+        return call | {"position_ids": torch.cat([numbers[None], axes])}

@@ -1,0 +1,211 @@
+"""Pruned Qwen-VL calls assembled by hand, token by token, with no help from lvtp.hf.
+
+Importance comes from the attention maps of an eager copy of the tower, positions from counting, and the prompt goes
+straight to the language model as embeddings, with the deepstack features of the kept tokens where there are any.
+"""
+
+import copy
+import sys
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
+
+import lvtp
+
+from .tiny_qwen import IMAGE, MERGE, PATCH, VIDEO
+
+SCORED_LAYER = {"qwen2_vl": 3, "qwen2_5_vl": 2, "qwen3_vl": 3}
+PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+KINDS = {IMAGE: "image", VIDEO: "video"}
+
+
+@dataclass
+class Oracle:
+    embeds: Tensor  # [B, S', D], padded on the left
+    ids: Tensor  # [B, S']
+    mask: Tensor  # [B, S']
+    positions: Tensor  # [4, B, S']: numbered through, then time, height and width
+    kept: list[list[int]]  # row b: columns of the original prompt
+    next_position: list[int]
+    deepstack: list[Tensor] = field(default_factory=list)  # a layer: [visual tokens, D]
+    encoded: dict[str, ModelOutput] = field(default_factory=dict)
+
+    def logits(self, model):
+        extra = {}
+        if self.deepstack:
+            visual = torch.zeros_like(self.mask, dtype=torch.bool)
+            visual[:, : self.ids.shape[1]] = (self.ids == IMAGE) | (self.ids == VIDEO)
+            extra = {"visual_pos_masks": visual, "deepstack_visual_embeds": self.deepstack}
+        hidden = model.model.language_model(
+            inputs_embeds=self.embeds, attention_mask=self.mask, position_ids=self.positions, use_cache=False, **extra
+        ).last_hidden_state
+        return model.lm_head(hidden)
+
+    def read(self, model, tokens):
+        """Goes on with `tokens` [B, n]."""
+        self.embeds = torch.cat([self.embeds, model.get_input_embeddings()(tokens)], dim=1)
+        self.mask = torch.cat([self.mask, torch.ones_like(tokens)], dim=1)
+        steps = torch.arange(1, tokens.shape[1] + 1)
+        self.positions = torch.cat([self.positions, self.positions[..., -1:] + steps], dim=-1)
+
+    def greedy(self, model, new):
+        """[B, new], one uncached forward a token; leaves them read."""
+        tokens = []
+        for _ in range(new):
+            tokens.append(self.logits(model)[:, -1].argmax(-1, keepdim=True))
+            self.read(model, tokens[-1])
+        return torch.cat(tokens, dim=1)
+
+    def call(self):
+        """The keyword arguments for transformers' own `generate`."""
+        return {
+            "input_ids": self.ids, "attention_mask": self.mask, "position_ids": self.positions,
+            "mm_encoder_outputs": copy.copy(self.encoded),
+        }  # fmt: skip
+
+
+def eager_maps(model, pixels, grid, layer=None):
+    """[heads, n, n] of every segment that the layer reads."""
+    tower = copy.deepcopy(model.model.visual)
+    tower.set_attn_implementation("eager")
+    layer = SCORED_LAYER[model.config.model_type] if layer is None else layer
+    module, maps = sys.modules[type(tower).__module__], []
+    eager = module.eager_attention_forward
+
+    def record(layer_module, *args, **kwargs):
+        output, weights = eager(layer_module, *args, **kwargs)
+        if layer_module is tower.blocks[layer].attn:
+            maps.append(weights[0])
+        return output, weights
+
+    module.eager_attention_forward = record
+    try:
+        tower(pixels, grid_thw=grid)
+    finally:
+        module.eager_attention_forward = eager
+    return maps
+
+
+def importance(model, pixels, grid):
+    """[sum N] of merged tokens in raster order: received attention, averaged over heads, queries and merged patches."""
+    received = torch.cat([weights.mean((0, 1)) for weights in eager_maps(model, pixels, grid)])
+    blocks = received.view(-1, MERGE**2).mean(1)
+    if model.config.model_type != "qwen2_5_vl":
+        return blocks
+    raster = torch.empty_like(blocks)
+    raster[window_order(grid, model.config.vision_config.window_size // MERGE // PATCH)] = blocks
+    return raster
+
+
+def window_order(grid, side):
+    """The raster index of each merged token in the order of the tower: window by window."""
+    order, start = [], 0
+    for t, h, w in grid.tolist():
+        h, w = h // MERGE, w // MERGE
+        for frame in range(t):
+            for top in range(0, h, side):
+                for left in range(0, w, side):
+                    rows, columns = range(top, min(top + side, h)), range(left, min(left + side, w))
+                    order += [start + frame * h * w + row * w + column for row in rows for column in columns]
+        start += t * h * w
+    return order
+
+
+def select(model, kind, inputs, k, method="id_selection", scope="image"):
+    """Merged tokens [N, D], their deepstack features by layer, and the kept indices, one list a unit of the scope."""
+    pixels, grid = inputs[PIXELS[kind]], inputs[f"{kind}_grid_thw"]
+    output = getattr(model.model, f"get_{kind}_features")(pixels, grid)
+    tokens = torch.cat(list(output.pooler_output))
+    deepstack = [torch.cat(list(layer)) for layer in output.get("deepstack_features") or []]
+    if scope == "frame":
+        sizes = [h * w // MERGE**2 for t, h, w in grid.tolist() for _ in range(t)]
+    else:
+        sizes = [t * h * w // MERGE**2 for t, h, w in grid.tolist()]
+    scores, chosen, start = importance(model, pixels, grid), [], 0
+    for size in sizes:
+        features, received = tokens[start : start + size].detach(), scores[start : start + size].detach()
+        budget = min(k, size)
+        if budget == size:
+            picks = list(range(size))
+        elif method == "id_selection":
+            picks = sorted(lvtp.id_selection(features[None], received[None], budget)[0].tolist())
+        else:
+            picks = lvtp.prune_sid(features[None], received[None], budget)[0].tolist()
+        chosen.append([start + pick for pick in picks])
+        start += size
+    return tokens, deepstack, chosen
+
+
+def count(model, ids, grids, seconds):
+    """(time, height, width) of every token of one unpadded prompt; takes the grids it passes from `grids`."""
+    places, place = [], 0
+    while len(places) < len(ids):
+        kind = KINDS.get(ids[len(places)])
+        if kind is None:
+            places.append((place,) * 3)
+            place += 1
+            continue
+        t, h, w = grids[kind].pop(0)
+        h, w = h // MERGE, w // MERGE
+        interval = 1
+        if model.config.model_type == "qwen2_5_vl" and kind == "video":
+            interval = model.config.vision_config.tokens_per_second * seconds.pop(0)
+        for frame in range(t):
+            time = place + int(frame * interval)
+            places += [(time, place + y, place + x) for y in range(h) for x in range(w)]
+        place += max(h, w)
+    return places
+
+
+def assemble(model, inputs, k, positions="original", method="id_selection", scope="image"):
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    shown = {kind: select(model, kind, inputs, k, method, scope) for kind in PIXELS if PIXELS[kind] in inputs}
+    wanted = {kind: {pick for unit in chosen for pick in unit} for kind, (_, _, chosen) in shown.items()}
+    grids = {kind: inputs[f"{kind}_grid_thw"].tolist() for kind in shown}
+    if model.config.model_type == "qwen3_vl" and "video" in grids:  # every frame follows its own timestamp
+        grids["video"] = [[1, h, w] for t, h, w in grids["video"] for _ in range(t)]
+    seconds = inputs["second_per_grid_ts"].tolist() if "second_per_grid_ts" in inputs else [1] * 9
+    seen = dict.fromkeys(shown, 0)
+    table = model.get_input_embeddings().weight
+    embeds, tokens, places, kept, nexts, deep = [], [], [], [], [], []
+    for row in range(len(ids)):
+        columns = mask[row].nonzero().flatten().tolist()
+        numbers = count(model, ids[row, columns].tolist(), grids, seconds)
+        keep, vectors = [], []
+        for inside, column in enumerate(columns):
+            kind = KINDS.get(ids[row, column].item())
+            if kind is not None:
+                pick, seen[kind] = seen[kind], seen[kind] + 1
+                if pick not in wanted[kind]:
+                    continue
+                features, deepstack, _ = shown[kind]
+                vectors.append(features[pick])
+                deep.append([layer[pick] for layer in deepstack])
+            else:
+                vectors.append(table[ids[row, column]])
+            keep.append(inside)
+        through = list(range(len(keep)))
+        axes = [numbers[inside] for inside in keep] if positions == "original" else [(i,) * 3 for i in through]
+        embeds.append(torch.stack(vectors))
+        tokens.append(ids[row, [columns[inside] for inside in keep]])
+        places.append(torch.tensor([(i, *axis) for i, axis in zip(through, axes, strict=True)]))
+        kept.append([columns[inside] for inside in keep])
+        nexts.append(max(map(max, numbers)) + 1 if positions == "original" else len(keep))
+    width = max(map(len, embeds))
+
+    def left(items):
+        return torch.stack([torch.cat([i.new_zeros(width - len(i), *i.shape[1:]), i]) for i in items])
+
+    encoded = {}
+    for kind, (features, deepstack, chosen) in shown.items():
+        pooled = [features[unit].detach() for unit in chosen]
+        encoded[kind] = BaseModelOutputWithPooling(pooler_output=pooled)
+        if deepstack:
+            layers = [[layer[unit].detach() for unit in chosen] for layer in deepstack]
+            encoded[kind] = BaseModelOutputWithDeepstackFeatures(pooler_output=pooled, deepstack_features=layers)
+    layers = [torch.stack(layer) for layer in zip(*deep, strict=True)]
+    mask = left([torch.ones_like(row) for row in tokens])
+    return Oracle(left(embeds), left(tokens), mask, left(places).permute(2, 0, 1), kept, nexts, layers, encoded)
