@@ -94,8 +94,11 @@ class MRope(Family):
         """
         real = real_tokens(call)
         numbers = (real.long().cumsum(dim=1) - 1).clamp(min=0)
-        axes = call.get("position_ids")
-        axes = numbers.expand(3, *numbers.shape) if axes is None else axes.expand(3, *numbers.shape)
+        axes = call.get("position_ids")  # None with positions="compact"
+        axes = numbers if axes is None else axes
+        if axes.dim() == 3 and len(axes) != 3:
+            raise ValueError(f"position_ids must have 3 axes (time, height, width) or none of them, got {len(axes)}")
+        axes = axes.expand(3, *numbers.shape)
         model.base_model.rope_deltas = (next_position - real.sum(dim=1))[:, None]
         dropped = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
         call = {name: value for name, value in call.items() if name not in dropped}

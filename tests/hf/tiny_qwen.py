@@ -1,5 +1,7 @@
 """Tiny random Qwen-VL models, and inputs with images and videos of several sizes built by hand."""
 
+import functools
+
 import torch
 from transformers import (
     Qwen2_5_VLConfig,
@@ -128,3 +130,9 @@ BATCHES = {
     "video": [[2, CLIP, 4]],
     "mixed": [[2, CLIP, 1, SMALL, 3], [30], [4, WIDE, 2, ("video", 2, 6, 4), 5]],
 }
+
+
+@functools.cache
+def shared(family):
+    """One model for all tests that leave it as it is."""
+    return build(family)
