@@ -49,7 +49,8 @@ class MRope(Family):
                 f"score='cls' needs a vision tower with a CLS token, that of {self.model_class} has none; "
                 "use score='received'"
             )
-        self.scored_layer(model.config.vision_config)
+        if not callable(options.score):
+            self.scored_layer(model.config.vision_config)
 
     def encode(
         self, model: PreTrainedModel, modality: str, arguments: dict[str, Any], score: Score, scope: str = "image"
