@@ -10,8 +10,10 @@ Everything is computed in float32: an average rounded to bfloat16 leaves about 1
 import torch
 from torch import Tensor, nn
 
-# Rows of attention held at once: 512 x 577 floats a head keep the peak at about 20 MB an image for 16 heads.
+# Rows of attention held at once: 512 x 577 floats a head keep the peak at about 20 MB an image for 16 heads. Images of
+# very many tokens get fewer rows, so that there are never more than MAX_LOGITS (256 MB).
 QUERY_BLOCK = 512
+MAX_LOGITS = 2**26
 
 
 def cls_attention(query: Tensor, key: Tensor, scale: float | None = None) -> Tensor:
@@ -39,16 +41,35 @@ def received_attention(query: Tensor, key: Tensor, scale: float | None = None) -
     """
     batch, heads, tokens, _ = query.shape
     total = query.new_zeros(batch, key.shape[2], dtype=torch.float32)
-    for start in range(0, tokens, QUERY_BLOCK):
-        total += _attention_rows(query[:, :, start : start + QUERY_BLOCK], key, scale).sum(dim=(1, 2))
+    rows = max(1, min(QUERY_BLOCK, MAX_LOGITS // max(1, batch * heads * key.shape[2])))
+    for block in query.split(rows, dim=2):
+        total += _attention_rows(block, key, scale).sum(dim=(1, 2))
     return total / (heads * tokens)
 
 
-def _attention_rows(query: Tensor, key: Tensor, scale: float | None) -> Tensor:
+def prompt_attention(query: Tensor, key: Tensor, visible: Tensor, scale: float | None = None) -> Tensor:
+    """Attention that one token of a prompt pays to every token, averaged over the heads.
+
+    Args:
+        query: [B, H, d] of that token, any floating dtype, as the attention layer uses it.
+        key: [B, H', N, d]; H' divides H, query head h reads key head h // (H / H').
+        visible: bool [B, N], the tokens that it attends to.
+        scale: what the logits are multiplied with; d ** -0.5 if None.
+
+    Returns:
+        fp32 [B, N]; each row sums to 1 over its visible tokens.
+    """
+    grouped = query.unflatten(1, (key.shape[1], -1))  # [B, H', H / H', d]
+    return _attention_rows(grouped, key, scale, visible[:, None, None]).mean(dim=(1, 2))
+
+
+def _attention_rows(query: Tensor, key: Tensor, scale: float | None, visible: Tensor | None = None) -> Tensor:
     """softmax(scale * query key^T) in float32: [B, H, Q, d] x [B, H, N, d] -> [B, H, Q, N]."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     with torch.autocast(query.device.type, enabled=False):
         logits = (query.float() * scale) @ key.float().transpose(-1, -2)
+        if visible is not None:
+            logits = logits.masked_fill(~visible, float("-inf"))
         return logits.softmax(dim=-1)
 
 

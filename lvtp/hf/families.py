@@ -5,6 +5,7 @@ from transformers.modeling_utils import PreTrainedModel
 from lvtp.hf.family import Family
 from lvtp.hf.llava import Llava
 from lvtp.hf.options import Options
+from lvtp.hf.prompt import check_decoder
 from lvtp.hf.qwen2_5_vl import Qwen25VL
 from lvtp.hf.qwen2_vl import Qwen2VL
 from lvtp.hf.qwen3_vl import Qwen3VL
@@ -23,6 +24,8 @@ def family_of(model: PreTrainedModel, options: Options) -> Family:
     for family in _FAMILIES:
         if family.model_class in names:
             _check_options(family, options)
+            if options.score == "prompt":
+                check_decoder(model)
             family.check(model, options)
             return family
     raise TypeError(f"model must be one of {', '.join(supported())}, got {type(model).__name__}")

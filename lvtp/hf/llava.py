@@ -15,7 +15,7 @@ class Llava(Family):
     scopes = ("image",)
 
     def check(self, model: PreTrainedModel, options: Options) -> None:
-        check_tower(model, options.score)
+        check_tower(model, options.tower_score)
 
     def encode(
         self, model: PreTrainedModel, modality: str, arguments: dict[str, Any], score: Score, scope: str = "image"

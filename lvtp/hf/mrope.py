@@ -49,7 +49,7 @@ class MRope(Family):
                 f"score='cls' needs a vision tower with a CLS token, that of {self.model_class} has none; "
                 "use score='received'"
             )
-        if not callable(options.score):
+        if not callable(options.tower_score):
             self.scored_layer(model.config.vision_config)
 
     def encode(

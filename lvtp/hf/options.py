@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 METHODS = ("id_selection", "prune_sid")
-SCORES = ("auto", "cls", "received")
+SCORES = ("auto", "cls", "received", "prompt")
 POSITIONS = ("auto", "compact", "original")
 
 Score = str | Callable[[Tensor], Tensor]
@@ -34,10 +34,19 @@ class Options:
         if not isinstance(self.restore_prompt, bool):
             raise ValueError(f"restore_prompt must be True or False, got {self.restore_prompt!r}")
 
+    @property
+    def tower_score(self) -> Score:
+        """What the encoder of a family has to score by; with score="prompt" it is the language model that scores."""
+        return _no_score if self.score == "prompt" else self.score
+
     def budget(self, tokens: int) -> int:
         """How many of an image's `tokens` are kept: at least 1, at most all; a ratio rounds half up."""
         wanted = math.floor(self.keep * tokens + 0.5) if isinstance(self.keep, float) else self.keep
         return min(max(wanted, 1), tokens)
+
+
+def _no_score(features: Tensor) -> Tensor:
+    return features.new_zeros(features.shape[:2])
 
 
 def _check_keep(keep) -> None:

@@ -123,10 +123,12 @@ def prune(
         keep: visual tokens kept of each image, an int of at least 1, or their share, a float in (0, 1].
         score: importance that the selector starts from: "cls", attention of the CLS token; "received", mean attention
             received; "auto", the first where the tower has a CLS token that the language model does not read, else the
-            second; or a callable from projector inputs [n, N, Dv] to importance [n, N].
+            second; "prompt", attention that the last token of the prompt pays to the visual tokens in the second layer
+            of the language model (ID-Selection's choice without a CLS token; costs a look into that model with all
+            tokens); or a callable from the features that the selector compares [n, N, Dv] to importance [n, N].
         positions: "compact" numbers the kept tokens through, "original" keeps their numbers in the unpruned prompt;
-            "auto" is the family's own choice.
-        scope: what `keep` counts over; "image" for LLaVA-1.5.
+            "auto" is the family's own choice: original where positions have three axes (Qwen-VL), else compact.
+        scope: what `keep` counts over: "image", an image or a whole video; "frame", each frame of a video.
         newline: policy for row-separator tokens; None is the family's own. LLaVA-1.5 has none.
         restore_prompt: `generate` returns the original prompt before the new tokens, and `max_length` counts it. To go
             on from a cache that `generate` filled, turn it off: the cache holds the pruned prompt.

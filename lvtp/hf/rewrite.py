@@ -3,7 +3,7 @@
 import inspect
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from transformers.modeling_utils import PreTrainedModel
 from lvtp.hf.families import family_of
 from lvtp.hf.family import Encoded, Family
 from lvtp.hf.options import Options, Score
+from lvtp.hf.prompt import attention_of_the_last_token
 from lvtp.hf.sequence import padding_side, real_tokens, shorten
 from lvtp.select import id_selection, prune_sid
 
@@ -77,16 +78,20 @@ def rewrite(
     positions = family.positions(options)
     kept, indices, encoder_outputs = real.clone(), [], {}
     shortened = {name: value for name, value in call.items() if name not in family.modalities.values()}
+    placeholders, encoded = {}, {}
     for modality, pixels in family.modalities.items():
         if call.get(pixels) is None:
             continue
         arguments = _encoder_arguments(model, modality, call)
-        encoded = family.encode(model, modality, arguments, options.score, options.scope)
-        selected = _select(encoded, options)
-        placeholders = call["input_ids"] == _placeholder_id(model, modality)  # [B, S]
-        _check_placeholders(modality, placeholders, real, encoded)
-        kept[placeholders] = _keep_mask(encoded, selected).to(kept.device)
-        encoder_outputs[modality] = family.container(encoded, selected)
+        encoded[modality] = family.encode(model, modality, arguments, options.tower_score, options.scope)
+        placeholders[modality] = call["input_ids"] == _placeholder_id(model, modality)  # [B, S]
+        _check_placeholders(modality, placeholders[modality], real, encoded[modality])
+    if options.score == "prompt":
+        encoded = _scored_by_prompt(model, family, call, encoded, placeholders, real)
+    for modality, images in encoded.items():
+        selected = _select(images, options)
+        kept[placeholders[modality]] = _keep_mask(images, selected).to(kept.device)
+        encoder_outputs[modality] = family.container(images, selected)
         indices += selected
 
     next_position = kept.sum(dim=1)
@@ -127,6 +132,28 @@ def _encoder_arguments(model: PreTrainedModel, modality: str, call: dict[str, An
     """The arguments of the call that the model's encoder takes, as `generate` finds them."""
     encoder = getattr(model.base_model, f"get_{modality}_features")
     return {name: call[name] for name in inspect.signature(encoder).parameters if name in call}
+
+
+def _scored_by_prompt(
+    model: PreTrainedModel,
+    family: Family,
+    call: dict[str, Any],
+    encoded: dict[str, Encoded],
+    placeholders: dict[str, Tensor],
+    real: Tensor,
+) -> dict[str, Encoded]:
+    """The images with importance from the language model instead of the tower."""
+    outputs = {
+        modality: family.container(images, [torch.arange(len(tokens)) for tokens in images.features])
+        for modality, images in encoded.items()
+    }
+    attention = attention_of_the_last_token(model, call, outputs, real)  # [B, S]
+    scored = {}
+    for modality, images in encoded.items():
+        scores = attention[placeholders[modality].to(attention.device)]
+        sizes = [len(tokens) for tokens in images.features]
+        scored[modality] = replace(images, importance=list(scores.split(sizes)))
+    return scored
 
 
 def _select(encoded: Encoded, options: Options) -> list[Tensor]:

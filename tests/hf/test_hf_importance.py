@@ -2,6 +2,7 @@ import pytest
 import torch
 
 import lvtp.hf
+import lvtp.importance as importance_module
 from lvtp.hf.llava import Llava
 from lvtp.hf.tower import attention_layer
 from lvtp.importance import AttentionTap, cls_attention, received_attention
@@ -125,6 +126,18 @@ def test_attention_equals_the_whole_map_in_float64(tokens):
         torch.testing.assert_close(cls_attention(query, key, scale).double(), maps.mean(1)[:, 0], rtol=1e-5, atol=1e-8)
         got = received_attention(query, key, scale).double()
         torch.testing.assert_close(got, maps.mean((1, 2)), rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("limit", [1, 2 * 3 * 700 * 5, 2 * 3 * 700 * 512])
+def test_very_many_tokens_take_smaller_blocks(limit, monkeypatch):
+    query, key = torch.randn(2, 2, 3, 700, 8, generator=torch.Generator().manual_seed(0))
+    wanted = received_attention(query, key)
+    monkeypatch.setattr("lvtp.importance.MAX_LOGITS", limit)
+    sizes = []
+    rows = importance_module._attention_rows
+    monkeypatch.setattr("lvtp.importance._attention_rows", lambda *a: sizes.append(rows(*a)) or sizes[-1])
+    torch.testing.assert_close(received_attention(query, key), wanted)
+    assert all(block.shape[2] == 1 or block.numel() <= limit for block in sizes)
 
 
 @pytest.mark.parametrize("rule", [cls_attention, received_attention])

@@ -201,7 +201,10 @@ def test_bfloat16_and_float64(inputs):
         ({"keep": float("nan")}, "got nan"),
         ({"keep": True}, "got True"),
         ({"keep": "64"}, "got '64'"),
-        ({"score": "attention"}, "score must be one of 'auto', 'cls', 'received' or a callable, got 'attention'"),
+        (
+            {"score": "attention"},
+            "score must be one of 'auto', 'cls', 'received', 'prompt' or a callable, got 'attention'",
+        ),
         ({"positions": "mrope"}, "positions must be one of 'auto', 'compact', 'original', got 'mrope'"),
         ({"scope": "crop"}, "scope must be one of 'image' for LlavaForConditionalGeneration, got 'crop'"),
         ({"newline": "rows"}, "newline must be left out .* for LlavaForConditionalGeneration, got 'rows'"),

@@ -57,9 +57,13 @@ def test_logits_equal_the_oracle(model, rows, scope, method, positions, side):
     assert torch.equal(prepared["position_ids"][:, real], oracle.positions[:, oracle.mask.bool()])
 
 
+LONG = [[1, ("video", 4, 4, 4), 1]]  # time, in Qwen2.5-VL, runs ahead of all that follows
+
+
+@pytest.mark.parametrize("rows", [BATCHES["mixed"], LONG], ids=["mixed", "long"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_positions_are_those_of_the_unpruned_prompt(model, side):
-    inputs = batch(model, *BATCHES["mixed"], side=side)
+def test_positions_are_those_of_the_unpruned_prompt(model, rows, side):
+    inputs = batch(model, *rows, side=side)
     counted = {name: value for name, value in inputs.items() if "pixel" not in name}
     wanted, deltas = model.model.get_rope_index(**counted)
     with lvtp.hf.prune(model, keep=KEEP) as pruning:

@@ -1,0 +1,195 @@
+"""score="prompt": importance from a look into the language model, in every family."""
+
+import copy
+
+import pytest
+import torch
+
+import lvtp.hf
+from lvtp.importance import prompt_attention
+
+from . import tiny_llava, tiny_qwen
+
+MODELS = ("llava", *tiny_qwen.BUILDERS)
+KEEP = 4
+
+
+def build(family):
+    return tiny_llava.build() if family == "llava" else tiny_qwen.build(family)
+
+
+def batch(model, side="left"):
+    if model.config.model_type == "llava":
+        return tiny_llava.batch(model, [3, "image", 2, "image", 5], [9], [1, "image", 2], side=side)
+    return tiny_qwen.batch(model, *tiny_qwen.BATCHES["mixed"], side=side)
+
+
+@pytest.fixture(params=MODELS)
+def model(request):
+    if request.param == "llava":
+        return request.getfixturevalue("llava")
+    return tiny_qwen.shared(request.param)
+
+
+@pytest.fixture(scope="module")
+def llava():
+    return tiny_llava.build()
+
+
+def eager_rows(model, inputs):
+    """[B, S]: row of the last real token in the second layer's attention maps, averaged over heads."""
+    eager = copy.deepcopy(model)
+    eager.set_attn_implementation("eager")
+    maps = eager(**inputs, output_attentions=True, use_cache=False).attentions[1]  # [B, H, S, S]
+    last = [row.nonzero().max().item() for row in inputs["attention_mask"]]
+    return torch.stack([maps[row, :, at].mean(0) for row, at in enumerate(last)]).detach()
+
+
+def units(model, inputs, rows):
+    """What selectors see: features and scores of every image, then of every video."""
+    found = []
+    for kind, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+        if pixels not in inputs:
+            continue
+        places = inputs["input_ids"] == getattr(model.config, f"{kind}_token_id")
+        if model.config.model_type == "llava":
+            features = list(
+                model.model.vision_tower(inputs[pixels], output_hidden_states=True).hidden_states[-2][:, 1:]
+            )
+        else:
+            encode = getattr(model.model, f"get_{kind}_features")
+            features = list(encode(inputs[pixels], inputs[f"{kind}_grid_thw"]).pooler_output)
+        scores = rows[places].split([len(tokens) for tokens in features])
+        found += zip(features, scores, strict=True)
+    return [(features.detach(), scores) for features, scores in found]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_picks_are_those_of_eager_attention(model, side):
+    inputs = batch(model, side)
+    shown = units(model, inputs, eager_rows(model, inputs))
+    wanted = [lvtp.id_selection(tokens[None], scores[None], KEEP)[0].sort().values for tokens, scores in shown]
+    with lvtp.hf.prune(model, keep=KEEP, score="prompt") as pruning:
+        model(**inputs)
+    assert all(map(torch.equal, pruning.last.indices, wanted))
+    with lvtp.hf.prune(model, keep=KEEP) as tower:
+        model(**inputs)
+    assert not all(map(torch.equal, pruning.last.indices, tower.last.indices))
+
+
+def test_the_question_decides(model):
+    inputs = batch(model)
+    with lvtp.hf.prune(model, keep=KEEP, score="prompt") as pruning:
+        model(**inputs)
+        before = pruning.last.indices
+        inputs["input_ids"][:, -1] = (inputs["input_ids"][:, -1] + 7) % 100 + 2
+        model(**inputs)
+    assert not all(map(torch.equal, pruning.last.indices, before))
+
+
+def test_the_pruned_prompt_runs_as_with_any_score(model):
+    """Same indices by a callable, same logits, same tokens: the look leaves no trace."""
+    inputs = batch(model)
+    scores = iter(score[None] for _, score in units(model, inputs, eager_rows(model, inputs)))
+    if model.config.model_type == "llava":
+        whole = torch.cat(list(scores))
+        options = {"score": lambda features: whole}
+    else:
+        options = {"score": lambda features: next(scores)}
+    with torch.no_grad():
+        with lvtp.hf.prune(model, keep=KEEP, **options):
+            wanted = model(**inputs).logits
+        with lvtp.hf.prune(model, keep=KEEP, score="prompt"):
+            assert torch.equal(model(**inputs).logits, wanted)
+            tokens = model.generate(**inputs, max_new_tokens=4, num_beams=2)
+            assert torch.equal(model.generate(**inputs, max_new_tokens=4, num_beams=2), tokens)
+        unpruned = model(**inputs).logits
+        with lvtp.hf.prune(model, keep=18, score="prompt"):
+            assert torch.equal(model(**inputs).logits, unpruned)
+
+
+def test_two_layers_are_read_once_and_the_tower_once(model):
+    inputs = batch(model)
+    decoder = model.get_decoder()
+    tower = model.model.vision_tower if model.config.model_type == "llava" else model.model.visual
+    calls = {"tower": 0, "first": 0, "second": 0, "lengths": []}
+
+    def count(name):
+        def hook(module, args, kwargs):
+            calls[name] += 1
+            if name == "first":
+                calls["lengths"].append(args[0].shape[1])
+
+        return hook
+
+    modules = {"tower": tower, "first": decoder.layers[0], "second": decoder.layers[1].mlp}
+    hooks = [module.register_forward_pre_hook(count(name), with_kwargs=True) for name, module in modules.items()]
+    configs = [layer.self_attn.config for layer in decoder.layers]
+    with lvtp.hf.prune(model, keep=KEEP, score="prompt") as pruning:
+        model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    modalities = sum(name.startswith("pixel") for name in inputs)
+    assert calls["tower"] == modalities
+    assert calls["first"] == 2
+    assert calls["second"] == 1  # of the look, the second layer's MLP is not needed any more
+    assert calls["lengths"] == [inputs["input_ids"].shape[1], int(pruning.last.kept.sum(1).max())]
+    assert all(layer.self_attn.config is config for layer, config in zip(decoder.layers, configs, strict=True))
+
+
+def test_batch_equals_single(model):
+    inputs = batch(model)
+    with lvtp.hf.prune(model, keep=KEEP, score="prompt") as pruning:
+        together = model.generate(**inputs, max_new_tokens=4)[1, -4:]
+        model.generate(**inputs, max_new_tokens=1)
+        text = {name: value[1:2] for name, value in inputs.items() if name in ("input_ids", "attention_mask")}
+        real = text["attention_mask"][0].bool()
+        alone = model.generate(**{name: value[:, real] for name, value in text.items()}, max_new_tokens=4)
+    assert torch.equal(alone[0, -4:], together)
+    assert len(pruning.last.indices) == (3 if model.config.model_type == "llava" else 4)
+
+
+def test_what_cannot_be_scored_raises(model):
+    inputs = batch(model)
+    with (
+        pytest.raises(ValueError, match="labels must be left out with score='prompt'"),
+        lvtp.hf.prune(model, keep=KEEP, score="prompt"),
+    ):
+        model(**inputs, labels=inputs["input_ids"])
+    shallow = copy.deepcopy(model)
+    decoder = shallow.get_decoder()
+    decoder.layers = decoder.layers[:1]
+    with pytest.raises(ValueError, match="score='prompt' needs a language model with at least 2 decoder layers"):
+        lvtp.hf.patch(shallow, score="prompt")
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_sliding_windows_hide_what_is_too_far_back(monkeypatch, side):
+    window = {"use_sliding_window": True, "sliding_window": 14, "max_window_layers": 1}
+    for name, value in window.items():
+        monkeypatch.setitem(tiny_qwen._TEXT, name, value)
+    model = tiny_qwen.build("qwen2")
+    inputs = tiny_qwen.batch(model, [3, tiny_qwen.SMALL, 4], [6, tiny_qwen.SMALL, 9], side=side)
+    rows = eager_rows(model, inputs)
+    assert (rows > 0).sum(1).tolist() == [14, 14]
+    wanted = [
+        lvtp.id_selection(tokens[None], scores[None], KEEP)[0].sort().values
+        for tokens, scores in units(model, inputs, rows)
+    ]
+    with lvtp.hf.prune(model, keep=KEEP, score="prompt") as pruning:
+        model(**inputs)
+    assert all(map(torch.equal, pruning.last.indices, wanted))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_attention_equals_the_whole_map_in_float64(groups):
+    generator = torch.Generator().manual_seed(groups)
+    query = torch.randn(2, 4, 8, generator=generator)
+    key = torch.randn(2, 4 // groups, 9, 8, generator=generator)
+    visible = torch.rand(2, 9, generator=generator) < 0.7
+    logits = query[:, :, None].double() @ key.double().repeat_interleave(groups, dim=1).transpose(-1, -2)
+    maps = (logits * 8**-0.5).masked_fill(~visible[:, None, None], float("-inf")).softmax(-1)
+    got = prompt_attention(query, key, visible)
+    torch.testing.assert_close(got.double(), maps.mean((1, 2)), rtol=1e-5, atol=1e-8)
+    query, key = query.bfloat16(), key.bfloat16()
+    assert torch.equal(prompt_attention(query, key, visible), prompt_attention(query.float(), key.float(), visible))
