@@ -7,6 +7,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+import transformers.generation.utils
 from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import PreTrainedModel
@@ -14,12 +15,24 @@ from transformers.utils import ModelOutput
 
 from lvtp.hf.rewrite import Pruned
 
+# Told by the function that cuts encoded images into chunks.
+CHUNKS_HOLD_IMAGES = hasattr(transformers.generation.utils, "_slice_mm_encoder_output")
+
 
 def setting(model: PreTrainedModel, call: dict[str, Any], name: str):
     """A generation setting, with transformers' precedence: argument, `generation_config`, the model's own; or None."""
     sources = (call.get("generation_config"), model.generation_config)
     values = [call.get(name), *(getattr(source, name, None) for source in sources)]
     return next((value for value in values if value is not None), None)
+
+
+def check_chunks(model: PreTrainedModel, call: dict[str, Any]) -> None:
+    """Raises for a chunked prefill where transformers would leave the images out of it."""
+    if setting(model, call, "prefill_chunk_size") is not None and not CHUNKS_HOLD_IMAGES:
+        raise ValueError(
+            "prefill_chunk_size must be left out when pixels are given: before 5.23, transformers drops the images "
+            "from a chunked prefill"
+        )
 
 
 def lower_limits(model: PreTrainedModel, call: dict[str, Any], by: int) -> dict[str, Any]:

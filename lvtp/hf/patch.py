@@ -62,6 +62,7 @@ class Pruning:
         if not has_pixels(self._family, call):
             generation.check_continued_prompt(call)
             return original(**generation.continue_positions(call, self._positions_are_ours))
+        generation.check_chunks(model, call)
         prompt = call.get("input_ids")
         call, self.last = rewrite(model, self._family, call, self.options, side="left")
         if call["input_ids"] is prompt:  # everything was kept

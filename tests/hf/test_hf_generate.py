@@ -5,6 +5,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
 import lvtp.hf
+from lvtp.hf.generation import CHUNKS_HOLD_IMAGES
 
 from .oracle_llava import assemble, relative_error
 from .tiny_llava import BATCHES, batch
@@ -82,7 +83,10 @@ def test_keeping_everything_is_the_unpruned_model(model, rows):
     [
         {"cache_implementation": "static"},
         {"cache_implementation": "static", "num_beams": 2},
-        {"prefill_chunk_size": 7},
+        pytest.param(
+            {"prefill_chunk_size": 7},
+            marks=pytest.mark.skipif(not CHUNKS_HOLD_IMAGES, reason="this transformers drops images from chunks"),
+        ),
     ],
     ids=str,
 )

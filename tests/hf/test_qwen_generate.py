@@ -6,6 +6,7 @@ from transformers import StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import lvtp.hf
+from lvtp.hf.generation import CHUNKS_HOLD_IMAGES
 
 from .oracle_llava import relative_error
 from .oracle_qwen import assemble
@@ -14,6 +15,9 @@ from .tiny_qwen import BATCHES, BUILDERS, SMALL, batch, shared
 KEEP = 4
 NEW = 5
 ROWS = ("single", "two_and_one", "video", "mixed")
+
+
+chunks = pytest.mark.skipif(not CHUNKS_HOLD_IMAGES, reason="this transformers drops images from chunks")
 
 
 @pytest.fixture(params=BUILDERS)
@@ -101,7 +105,7 @@ def test_keeping_everything_is_the_unpruned_model(model, rows):
     [
         {"cache_implementation": "static"},
         {"cache_implementation": "static", "num_beams": 2},
-        {"prefill_chunk_size": 7},
+        pytest.param({"prefill_chunk_size": 7}, marks=chunks),
     ],
     ids=str,
 )
@@ -109,6 +113,12 @@ def test_caches_and_chunks_change_no_token(model, rows, kwargs):
     inputs = batch(model, *BATCHES[rows])
     wanted = generate(model, inputs, num_beams=kwargs.get("num_beams", 1))
     assert torch.equal(generate(model, inputs, **kwargs), wanted)
+
+
+def test_chunks_without_images_raise(model, monkeypatch):
+    monkeypatch.setattr("lvtp.hf.generation.CHUNKS_HOLD_IMAGES", False)
+    with pytest.raises(ValueError, match="prefill_chunk_size must be left out when pixels are given"):
+        generate(model, batch(model, *BATCHES["single"]), prefill_chunk_size=7)
 
 
 @pytest.mark.filterwarnings("ignore")  # transformers warns of its own arguments
