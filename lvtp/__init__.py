@@ -11,7 +11,7 @@ import importlib
 from importlib.metadata import version
 
 from lvtp import reference
-from lvtp.budget import dynamic_budget
+from lvtp.budget import Budget, dynamic_budget
 from lvtp.ops import (
     build_info,
     cluster_nms,
@@ -26,6 +26,7 @@ from lvtp.select import id_selection, prune_sid
 __version__ = version("lvtp")
 
 __all__ = [
+    "Budget",
     "build_info",
     "cluster_nms",
     "cosine_similarity",

@@ -76,15 +76,19 @@ def _attention_rows(query: Tensor, key: Tensor, scale: float | None, visible: Te
 class AttentionTap:
     """Records the queries and keys of one attention layer while the context is open; changes nothing.
 
-    For layers that use `q_proj` and `k_proj` as they come (CLIP, SigLIP): no rotary embedding, no q/k norm after them.
+    For layers that use `q_proj` and `k_proj` as they come (CLIP, SigLIP) or normed (InternVL); no rotary embedding.
 
     Args:
-        attention: the layer, with submodules `q_proj` and `k_proj` of output [B, N, heads * d].
+        attention: the layer, with submodules `q_proj` and `k_proj` of output [B, N, heads * d]; where it has `q_norm`
+            and `k_norm`, those of that size that come after them.
         heads: number of attention heads.
     """
 
     def __init__(self, attention: nn.Module, heads: int):
-        self._projections = {"query": attention.q_proj, "key": attention.k_proj}
+        self._projections = {
+            "query": getattr(attention, "q_norm", attention.q_proj),
+            "key": getattr(attention, "k_norm", attention.k_proj),
+        }
         self._heads = heads
         self._recorded: dict[str, Tensor] = {}
         self._hooks: list = []

@@ -335,8 +335,11 @@ def dynamic_budget(features: Tensor, total: int, minimum: int = 1) -> Tensor:
     return shares(mean_similarity(features), features.shape[1], total, minimum)
 
 
-def shares(rho: Tensor, tokens: int, total: int, minimum: int) -> Tensor:
-    """`dynamic_budget` for images of `tokens` tokens whose mean similarity is rho, fp32 [B] -> int64 [B]."""
+def shares(rho: Tensor, tokens: int | Tensor, total: int, minimum: int | Tensor) -> Tensor:
+    """`dynamic_budget` for images of `tokens` tokens whose mean similarity is rho, fp32 [B] -> int64 [B].
+
+    Images of several sizes: `tokens` and `minimum` are int64 [B].
+    """
     # phi is 0 or at least 2^-24. Images with none take part with so little that no other share changes; they share
     # equally where nobody has any, and take what is left where all others are full.
     phi = (1 - rho.double()).clamp_min(2.0**-100)

@@ -3,14 +3,25 @@
 from transformers.modeling_utils import PreTrainedModel
 
 from lvtp.hf.family import Family
+from lvtp.hf.internvl import InternVL
 from lvtp.hf.llava import Llava
+from lvtp.hf.llava_next import LlavaNext
+from lvtp.hf.llava_onevision import LlavaOnevision
 from lvtp.hf.options import Options
 from lvtp.hf.prompt import check_decoder
 from lvtp.hf.qwen2_5_vl import Qwen25VL
 from lvtp.hf.qwen2_vl import Qwen2VL
 from lvtp.hf.qwen3_vl import Qwen3VL
 
-_FAMILIES: tuple[Family, ...] = (Llava(), Qwen2VL(), Qwen25VL(), Qwen3VL())
+_FAMILIES: tuple[Family, ...] = (
+    Llava(),
+    LlavaNext(),
+    LlavaOnevision(),
+    InternVL(),
+    Qwen2VL(),
+    Qwen25VL(),
+    Qwen3VL(),
+)
 
 
 def supported() -> tuple[str, ...]:

@@ -5,20 +5,33 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import PreTrainedModel
 
+from lvtp.hf.layout import Layout
 from lvtp.hf.options import Options, Score
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """The images (or videos) of one call, in prompt order; item i has N_i placeholders in the prompt."""
+    """The images (or videos) of one call, in prompt order, cut into units: what a budget is counted over."""
 
-    projected: list[Tensor]  # [N_i, D]: what replaces the placeholders in the language model
-    features: list[Tensor]  # [N_i, Dv]: what the selector compares
-    importance: list[Tensor]  # [N_i] fp32
+    projected: list[Tensor]  # image i: [M_i, D]: what replaces its placeholders in the language model
+    features: list[Tensor]  # unit: [N, Dv]: what the selector compares
+    importance: list[Tensor]  # unit: fp32 [N]
+    layouts: list[Layout] | None = None  # of image i; None: an image is one unit, a placeholder for each token
+
+
+def stacked(tokens: list[Tensor]) -> Tensor:
+    """[K_i, D] each -> [n, K, D], for models that want one tensor.
+
+    Where K differs: [sum K_i, 1, D]. Models read it flattened, and `generate` finds the images of a prompt by counting.
+    """
+    if len({len(image) for image in tokens}) == 1:
+        return torch.stack(tokens)
+    return torch.cat(tokens)[:, None]
 
 
 class Family(ABC):
@@ -27,7 +40,7 @@ class Family(ABC):
     model_class: ClassVar[str]  # name of the transformers class; subclasses of it are served too
     modalities: ClassVar[Mapping[str, str]]  # modality -> the argument that carries its pixels
     scopes: ClassVar[tuple[str, ...]]  # what a budget can be counted over
-    newlines: ClassVar[tuple[str, ...]] = ()  # policies for row-separator tokens, where the family has them
+    newlines: ClassVar[tuple[str, ...]] = ()  # policies for row-separator tokens, where it has them; default first
     default_positions: ClassVar[str] = "compact"
     continues_by_itself: ClassVar[bool] = False  # whether the model knows where the positions after a prompt go on
 
@@ -41,13 +54,26 @@ class Family(ABC):
     ) -> Encoded:
         """Runs the model's own encoder once on `arguments` and maps features and scores to the placeholders."""
 
-    def container(self, encoded: Encoded, selected: list[Tensor]) -> ModelOutput:
-        """The tokens `selected` [K_i] of every item, as the model takes them from `mm_encoder_outputs`.
+    def unit_sizes(
+        self, model: PreTrainedModel, modality: str, arguments: dict[str, Any], placeholders: int, scope: str
+    ) -> list[int]:
+        """How many tokens every unit of the `placeholders` in all prompts has, without running anything.
+
+        Here: as many as there are pixel tensors, all of one size.
+        """
+        units = len(arguments[self.modalities[modality]])
+        return [placeholders // units] * units
+
+    def container(self, modality: str, encoded: Encoded, tokens: list[Tensor]) -> ModelOutput:
+        """The tokens [K_i, D] left of every image, as the model takes them from `mm_encoder_outputs`.
 
         A new one every time: beam search rewrites it in place.
         """
-        items = zip(encoded.projected, selected, strict=True)
-        return BaseModelOutputWithPooling(pooler_output=[item[index.to(item.device)] for item, index in items])
+        return BaseModelOutputWithPooling(pooler_output=list(tokens))
+
+    def newline(self, options: Options) -> str | None:
+        """The policy for row separators; None for a family without."""
+        return options.newline or (self.newlines[0] if self.newlines else None)
 
     def positions(self, options: Options) -> str:
         """ "compact" or "original"."""

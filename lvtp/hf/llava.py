@@ -4,23 +4,20 @@ from typing import Any, ClassVar
 
 from transformers.modeling_utils import PreTrainedModel
 
-from lvtp.hf.family import Encoded, Family
-from lvtp.hf.options import Options, Score
-from lvtp.hf.tower import check_tower, encode_with_tower
+from lvtp.hf.family import Encoded
+from lvtp.hf.options import Score
+from lvtp.hf.tower import TowerFamily, encode_with_tower
 
 
-class Llava(Family):
+class Llava(TowerFamily):
     model_class = "LlavaForConditionalGeneration"
     modalities: ClassVar = {"image": "pixel_values"}
     scopes = ("image",)
-
-    def check(self, model: PreTrainedModel, options: Options) -> None:
-        check_tower(model, options.tower_score)
 
     def encode(
         self, model: PreTrainedModel, modality: str, arguments: dict[str, Any], score: Score, scope: str = "image"
     ) -> Encoded:
         if arguments.get("image_sizes") is not None:
             raise ValueError("image_sizes must be left out: towers with images of several sizes are not supported")
-        outputs, features, importance = encode_with_tower(model, arguments, score)
-        return Encoded(list(outputs.pooler_output), list(features), list(importance))
+        seen = encode_with_tower(model, modality, arguments, score)
+        return Encoded(list(seen.outputs.pooler_output), list(seen.features), list(seen.importance))

@@ -1,15 +1,18 @@
 """What a caller can ask for, checked once at the call that asks."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from lvtp.budget import Budget
+
 METHODS = ("id_selection", "prune_sid")
 SCORES = ("auto", "cls", "received", "prompt")
 POSITIONS = ("auto", "compact", "original")
 
+Keep = int | float | Budget
+Method = str | Callable[[Tensor, Tensor, int], Tensor]
 Score = str | Callable[[Tensor], Tensor]
 
 
@@ -17,8 +20,8 @@ Score = str | Callable[[Tensor], Tensor]
 class Options:
     """The arguments of `prune`, `patch` and `prepare`; see `lvtp.hf.prune` for their meaning."""
 
-    method: str = "id_selection"
-    keep: int | float = 64
+    method: Method = "id_selection"
+    keep: Keep = 64
     score: Score = "auto"
     positions: str = "auto"
     scope: str = "image"
@@ -26,7 +29,8 @@ class Options:
     restore_prompt: bool = True
 
     def __post_init__(self):
-        _check_choice("method", self.method, METHODS)
+        if not callable(self.method):
+            _check_choice("method", self.method, METHODS, " or a callable")
         _check_keep(self.keep)
         if not callable(self.score):
             _check_choice("score", self.score, SCORES, " or a callable")
@@ -39,11 +43,6 @@ class Options:
         """What the encoder of a family has to score by; with score="prompt" it is the language model that scores."""
         return _no_score if self.score == "prompt" else self.score
 
-    def budget(self, tokens: int) -> int:
-        """How many of an image's `tokens` are kept: at least 1, at most all; a ratio rounds half up."""
-        wanted = math.floor(self.keep * tokens + 0.5) if isinstance(self.keep, float) else self.keep
-        return min(max(wanted, 1), tokens)
-
 
 def _no_score(features: Tensor) -> Tensor:
     return features.new_zeros(features.shape[:2])
@@ -52,9 +51,10 @@ def _no_score(features: Tensor) -> Tensor:
 def _check_keep(keep) -> None:
     is_count = isinstance(keep, int) and not isinstance(keep, bool) and keep >= 1
     is_ratio = isinstance(keep, float) and 0 < keep <= 1
-    if not (is_count or is_ratio):
+    if not (is_count or is_ratio or isinstance(keep, Budget)):
         raise ValueError(
-            f"keep must be an int of at least 1 (tokens an image) or a float in (0, 1] (ratio), got {keep!r}"
+            "keep must be an int of at least 1 (tokens an image), a float in (0, 1] (ratio) or an lvtp.Budget (tokens a "
+            f"request), got {keep!r}"
         )
 
 

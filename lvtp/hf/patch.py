@@ -16,7 +16,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from lvtp.hf import generation
 from lvtp.hf.families import family_of
-from lvtp.hf.options import Options, Score
+from lvtp.hf.options import Keep, Method, Options, Score
 from lvtp.hf.rewrite import Pruned, has_pixels, rewrite
 
 
@@ -83,8 +83,8 @@ class Pruning:
 
 def patch(
     model: PreTrainedModel,
-    method: str = "id_selection",
-    keep: int | float = 64,
+    method: Method = "id_selection",
+    keep: Keep = 64,
     *,
     score: Score = "auto",
     positions: str = "auto",
@@ -103,8 +103,8 @@ def patch(
 @contextmanager
 def prune(
     model: PreTrainedModel,
-    method: str = "id_selection",
-    keep: int | float = 64,
+    method: Method = "id_selection",
+    keep: Keep = 64,
     *,
     score: Score = "auto",
     positions: str = "auto",

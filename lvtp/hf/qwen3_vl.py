@@ -18,8 +18,7 @@ class Qwen3VL(MRope):
             torch.cat(parts, dim=-1) for parts in zip(outputs.pooler_output, *outputs.deepstack_features, strict=True)
         ]
 
-    def container(self, encoded: Encoded, selected: list[Tensor]) -> ModelOutput:
-        tokens = super().container(encoded, selected).pooler_output
+    def container(self, modality: str, encoded: Encoded, tokens: list[Tensor]) -> ModelOutput:
         width = encoded.features[0].shape[-1]
         pooled, *deepstack = map(list, zip(*(item.split(width, dim=-1) for item in tokens), strict=True))
         return BaseModelOutputWithDeepstackFeatures(pooler_output=pooled, deepstack_features=deepstack)

@@ -1,9 +1,9 @@
 """The stateless core: a call with pixels in, the same call with fewer, already encoded visual tokens out."""
 
 import inspect
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -12,10 +12,10 @@ from transformers.modeling_utils import PreTrainedModel
 
 from lvtp.hf.families import family_of
 from lvtp.hf.family import Encoded, Family
-from lvtp.hf.options import Options, Score
+from lvtp.hf.options import Keep, Method, Options, Score
 from lvtp.hf.prompt import attention_of_the_last_token
+from lvtp.hf.selection import budgets, select
 from lvtp.hf.sequence import padding_side, real_tokens, shorten
-from lvtp.select import id_selection, prune_sid
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ def prepare(
     model: PreTrainedModel,
     inputs: Mapping[str, Any],
     *,
-    method: str = "id_selection",
-    keep: int | float = 64,
+    method: Method = "id_selection",
+    keep: Keep = 64,
     score: Score = "auto",
     positions: str = "auto",
     scope: str = "image",
@@ -77,23 +77,24 @@ def rewrite(
     real = real_tokens(call)  # [B, S]
     positions = family.positions(options)
     kept, indices, encoder_outputs = real.clone(), [], {}
-    shortened = {name: value for name, value in call.items() if name not in family.modalities.values()}
-    placeholders, encoded = {}, {}
+    placeholders, arguments, encoded = {}, {}, {}
     for modality, pixels in family.modalities.items():
         if call.get(pixels) is None:
             continue
-        arguments = _encoder_arguments(model, modality, call)
-        encoded[modality] = family.encode(model, modality, arguments, options.tower_score, options.scope)
+        arguments |= (taken := _encoder_arguments(model, modality, call))
+        encoded[modality] = family.encode(model, modality, taken, options.tower_score, options.scope)
         placeholders[modality] = call["input_ids"] == _placeholder_id(model, modality)  # [B, S]
         _check_placeholders(modality, placeholders[modality], real, encoded[modality])
     if options.score == "prompt":
         encoded = _scored_by_prompt(model, family, call, encoded, placeholders, real)
+    selected = _select(encoded, placeholders, options)
     for modality, images in encoded.items():
-        selected = _select(images, options)
-        kept[placeholders[modality]] = _keep_mask(images, selected).to(kept.device)
-        encoder_outputs[modality] = family.container(images, selected)
-        indices += selected
+        mask, tokens = _keep(images, selected[modality], family.newline(options))
+        kept[placeholders[modality]] = mask.to(kept.device)
+        encoder_outputs[modality] = family.container(modality, images, tokens)
+        indices += selected[modality]
 
+    shortened = {name: value for name, value in call.items() if name not in family.modalities.values()}
     next_position = kept.sum(dim=1)
     if not torch.equal(kept, real):  # else the text stays as it came: bit for bit the unpruned call
         if positions == "original":
@@ -103,6 +104,7 @@ def rewrite(
             raise ValueError("position_ids must be left out with positions='compact'; positions='original' keeps them")
         shortened = shorten(shortened, kept, side or padding_side(real), _pad_token_id(model, family))
         shortened = family.place(model, shortened, next_position)
+        shortened = {name: value for name, value in shortened.items() if name not in arguments}
     shortened["mm_encoder_outputs"] = encoder_outputs
     counts = tuple(len(index) for index in indices)
     return shortened, Pruned(kept, tuple(indices), counts, next_position, options.scope, positions)
@@ -143,61 +145,78 @@ def _scored_by_prompt(
     real: Tensor,
 ) -> dict[str, Encoded]:
     """The images with importance from the language model instead of the tower."""
-    outputs = {
-        modality: family.container(images, [torch.arange(len(tokens)) for tokens in images.features])
-        for modality, images in encoded.items()
-    }
+    outputs = {modality: family.container(modality, images, images.projected) for modality, images in encoded.items()}
     attention = attention_of_the_last_token(model, call, outputs, real)  # [B, S]
     scored = {}
     for modality, images in encoded.items():
         scores = attention[placeholders[modality].to(attention.device)]
+        if images.layouts is not None:
+            newline = torch.cat([layout.newline for layout in images.layouts])
+            scores = scores[~newline.to(scores.device)]
         sizes = [len(tokens) for tokens in images.features]
         scored[modality] = replace(images, importance=list(scores.split(sizes)))
     return scored
 
 
-def _select(encoded: Encoded, options: Options) -> list[Tensor]:
-    """The kept tokens of every item: int64 [K_i], ascending. Items with the same number of tokens go in one batch."""
-    groups = defaultdict(list)
-    for item, features in enumerate(encoded.features):
-        groups[len(features)].append(item)
-    selected: dict[int, Tensor] = {}
-    for items in groups.values():
-        features = torch.stack([encoded.features[i] for i in items])  # [n, N, Dv]
-        importance = torch.stack([encoded.importance[i] for i in items]).to(features.device)  # [n, N]
-        selected |= zip(items, _pick(features, importance, options), strict=True)
-    return [selected[item] for item in range(len(encoded.features))]
+def _select(
+    encoded: dict[str, Encoded], placeholders: dict[str, Tensor], options: Options
+) -> dict[str, list[Tensor]]:
+    """The kept tokens of every unit, int64 [K_i], by modality."""
+    prompts = {modality: _prompts(images, placeholders[modality]) for modality, images in encoded.items()}
+    shared = iter(
+        budgets(
+            options.keep,
+            [unit for images in encoded.values() for unit in images.features],
+            [prompt for of_units in prompts.values() for prompt in of_units],
+        )
+    )
+    return {
+        modality: select(
+            options.method, images.features, images.importance, list(islice(shared, len(images.features)))
+        )
+        for modality, images in encoded.items()
+    }
 
 
-def _pick(features: Tensor, importance: Tensor, options: Options) -> Tensor:
-    """[n, N, Dv], [n, N] -> int64 [n, K], ascending: the order of the grid is part of what the model reads."""
-    items, tokens, _ = features.shape
-    budget = options.budget(tokens)
-    if budget == tokens:
-        return torch.arange(tokens, device=features.device).expand(items, tokens)
-    if features.dtype == torch.float64:
-        features = features.float()
-    if options.method == "prune_sid":
-        return prune_sid(features, importance, budget)
-    return id_selection(features, importance, budget).sort(dim=1).values
+def _prompts(images: Encoded, placeholders: Tensor) -> list[int]:
+    """The prompt (row of the batch) that each unit stands in."""
+    rows = placeholders.nonzero()[:, 0].tolist()
+    prompts, start = [], 0
+    for image, tokens in enumerate(images.projected):
+        units = 1 if images.layouts is None else images.layouts[image].units
+        prompts += [rows[start]] * units
+        start += len(tokens)
+    return prompts
 
 
-def _keep_mask(encoded: Encoded, selected: list[Tensor]) -> Tensor:
-    """bool [sum N_i], in placeholder order."""
-    masks = []
-    for features, index in zip(encoded.features, selected, strict=True):
-        mask = torch.zeros(len(features), dtype=torch.bool, device=index.device)
-        mask[index] = True
+def _keep(images: Encoded, selected: list[Tensor], newline: str | None) -> tuple[Tensor, list[Tensor]]:
+    """The placeholders that stay, bool [sum M_i], and the tokens [K_i, D] of each image that replace them."""
+    units = zip(images.features, selected, strict=True)
+    masks, tokens = [], []
+    for image, projected in enumerate(images.projected):
+        layout = None if images.layouts is None else images.layouts[image]
+        chosen = torch.cat([_mask(*unit) for unit in islice(units, 1 if layout is None else layout.units)])
+        mask = chosen if layout is None else layout.kept(chosen, newline)
         masks.append(mask)
-    return torch.cat(masks)
+        tokens.append(
+            projected[mask.to(projected.device)] if layout is None else layout.tokens(projected, chosen, mask)
+        )
+    return torch.cat(masks), tokens
+
+
+def _mask(features: Tensor, index: Tensor) -> Tensor:
+    """bool [N]"""
+    mask = torch.zeros(len(features), dtype=torch.bool, device=index.device)
+    mask[index] = True
+    return mask
 
 
 def _check_placeholders(modality: str, placeholders: Tensor, real: Tensor, encoded: Encoded) -> None:
-    wanted, got = sum(map(len, encoded.features)), int(placeholders.sum())
+    wanted, got = sum(map(len, encoded.projected)), int(placeholders.sum())
     if wanted != got:
         raise ValueError(
             f"input_ids must hold one placeholder for each of the {wanted} {modality} tokens of "
-            f"{len(encoded.features)} {modality}s, got {got}"
+            f"{len(encoded.projected)} {modality}s, got {got}"
         )
     if bool((placeholders & ~real).any()):
         raise ValueError(f"attention_mask must not hide {modality} placeholders")

@@ -2,17 +2,35 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import PreTrainedModel
 
-from lvtp.hf.options import Score
+from lvtp.hf.family import Family
+from lvtp.hf.options import Options, Score
 from lvtp.importance import AttentionTap, cls_attention, received_attention
 
-# Towers whose q_proj and k_proj outputs enter the attention unchanged; the value: has it a CLS token, at position 0.
-_HAS_CLS = {"clip_vision_model": True, "siglip_vision_model": False}
+# Towers whose queries and keys leave q_proj and k_proj, or the norms after them, as the attention uses them; the value:
+# has it a CLS token, at position 0.
+_HAS_CLS = {"clip_vision_model": True, "siglip_vision_model": False, "internvl_vision": True}
+
+
+class TowerFamily(Family):
+    """A family whose tokens go through a CLIP-like tower and a projector."""
+
+    def check(self, model: PreTrainedModel, options: Options) -> None:
+        check_tower(model, options.tower_score)
+
+
+class Seen(NamedTuple):
+    """What went through the encoder: n crops (or tiles, or frames) of N tokens."""
+
+    outputs: ModelOutput  # what the model's own method returned
+    projected: Tensor  # [n, N, D]: out of the projector
+    features: Tensor  # [n, N, Dv]: into the projector
+    importance: Tensor  # fp32 [n, N]
 
 
 def check_tower(model: PreTrainedModel, score: Score) -> None:
@@ -22,7 +40,7 @@ def check_tower(model: PreTrainedModel, score: Score) -> None:
     tower = model.config.vision_config.model_type
     if tower not in _HAS_CLS:
         raise ValueError(
-            f"score={score!r} needs a vision tower of type {' or '.join(_HAS_CLS)}, got {tower}; "
+            f"score={score!r} needs a vision tower of type {', '.join(_HAS_CLS)}, got {tower}; "
             "pass score as a callable for any other"
         )
     if score == "cls" and not _HAS_CLS[tower]:
@@ -30,32 +48,44 @@ def check_tower(model: PreTrainedModel, score: Score) -> None:
 
 
 def encode_with_tower(
-    model: PreTrainedModel, arguments: dict[str, Any], score: Score
-) -> tuple[ModelOutput, Tensor, Tensor]:
-    """Calls the model's own `get_image_features` once.
+    model: PreTrainedModel,
+    modality: str,
+    arguments: dict[str, Any],
+    score: Score,
+    merge: Callable[[Tensor], Tensor] | None = None,
+) -> Seen:
+    """Calls the model's own `get_image_features` (or `get_video_features`) once.
 
-    Returns:
-        What it returned, the features [n, N, Dv] that entered the projector and their importance, fp32 [n, N].
+    Args:
+        merge: importance of the tower's tokens [n, T] -> of the projector's, [n, N]; None where these are the same.
     """
     core = model.base_model
     strategy = arguments.get("vision_feature_select_strategy") or core.config.vision_feature_select_strategy
     with ExitStack() as stack:
-        projector_input = stack.enter_context(_first_input(core.multi_modal_projector))
+        projector = stack.enter_context(_recorded(core.multi_modal_projector))
         if not callable(score):
             layer = arguments.get("vision_feature_layer")
             layer = core.config.vision_feature_layer if layer is None else layer
-            attention = core.vision_tower.encoder.layers[attention_layer(core.vision_tower, layer)].self_attn
+            attention = _attention(core.vision_tower, attention_layer(core.vision_tower, layer))
             tap = stack.enter_context(AttentionTap(attention, attention.num_heads))
-        outputs = core.get_image_features(**arguments, return_dict=True)
+        outputs = getattr(core, f"get_{modality}_features")(**arguments, return_dict=True)
 
-    features = projector_input[0].detach()  # [n, N, Dv]
+    (features, projected), *_ = projector
+    features = features.detach()
     if callable(score):
-        return outputs, features, called(score, features)
+        return Seen(outputs, projected, features, called(score, features))
     score = _resolve(score, model, strategy)
     rule = cls_attention if score == "cls" else received_attention
     importance = rule(tap.query, tap.key, attention.scale)  # [n, tower tokens]
     # "default" drops the tower's first token, whatever it is, and keeps the others in order.
-    return outputs, features, importance[:, 1:] if strategy == "default" else importance
+    importance = importance[:, 1:] if strategy == "default" else importance
+    return Seen(outputs, projected, features, importance if merge is None else merge(importance))
+
+
+def _attention(tower: PreTrainedModel, layer: int) -> nn.Module:
+    if tower.config.model_type == "internvl_vision":
+        return tower.encoder.layer[layer].attention
+    return tower.encoder.layers[layer].self_attn
 
 
 def attention_layer(tower: PreTrainedModel, vision_feature_layer: int | list[int]) -> int:
@@ -94,10 +124,10 @@ def called(score: Callable[[Tensor], Tensor], features: Tensor) -> Tensor:
 
 
 @contextmanager
-def _first_input(module: nn.Module):
-    """Records the first positional input of every call of `module`."""
-    recorded: list[Tensor] = []
-    hook = module.register_forward_pre_hook(lambda _, args: recorded.append(args[0]))
+def _recorded(module: nn.Module):
+    """Records the first positional input and the output of every call of `module`."""
+    recorded: list[tuple[Tensor, Tensor]] = []
+    hook = module.register_forward_hook(lambda _, args, output: recorded.append((args[0], output)))
     try:
         yield recorded
     finally:

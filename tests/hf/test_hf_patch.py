@@ -193,7 +193,7 @@ def test_bfloat16_and_float64(inputs):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "random"}, "method must be one of 'id_selection', 'prune_sid', got 'random'"),
+        ({"method": "random"}, "method must be one of 'id_selection', 'prune_sid' or a callable, got 'random'"),
         ({"keep": 0}, "keep must be an int of at least 1"),
         ({"keep": -3}, "got -3"),
         ({"keep": 0.0}, "got 0.0"),
