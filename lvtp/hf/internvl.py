@@ -12,7 +12,7 @@ from lvtp.hf.tower import TowerFamily, encode_with_tower
 
 
 class InternVL(TowerFamily):
-    """A call does not say which tiles belong to one image, so a budget is counted over each tile, whatever the scope."""
+    """A call does not say which tiles make up one image, so every scope means a tile."""
 
     model_class = "InternVLForConditionalGeneration"
     modalities: ClassVar = {"image": "pixel_values"}

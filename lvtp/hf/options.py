@@ -53,8 +53,8 @@ def _check_keep(keep) -> None:
     is_ratio = isinstance(keep, float) and 0 < keep <= 1
     if not (is_count or is_ratio or isinstance(keep, Budget)):
         raise ValueError(
-            "keep must be an int of at least 1 (tokens an image), a float in (0, 1] (ratio) or an lvtp.Budget (tokens a "
-            f"request), got {keep!r}"
+            "keep must be an int of at least 1 (tokens an image), a float in (0, 1] (ratio) or an lvtp.Budget "
+            f"(tokens a request), got {keep!r}"
         )
 
 

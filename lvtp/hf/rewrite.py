@@ -158,9 +158,7 @@ def _scored_by_prompt(
     return scored
 
 
-def _select(
-    encoded: dict[str, Encoded], placeholders: dict[str, Tensor], options: Options
-) -> dict[str, list[Tensor]]:
+def _select(encoded: dict[str, Encoded], placeholders: dict[str, Tensor], options: Options) -> dict[str, list[Tensor]]:
     """The kept tokens of every unit, int64 [K_i], by modality."""
     prompts = {modality: _prompts(images, placeholders[modality]) for modality, images in encoded.items()}
     shared = iter(
@@ -171,9 +169,7 @@ def _select(
         )
     )
     return {
-        modality: select(
-            options.method, images.features, images.importance, list(islice(shared, len(images.features)))
-        )
+        modality: select(options.method, images.features, images.importance, list(islice(shared, len(images.features))))
         for modality, images in encoded.items()
     }
 

@@ -1,6 +1,7 @@
-"""Pruned LLaVA-1.5 calls assembled by hand, token by token, with no help from lvtp.hf.
+"""Pruned calls assembled by hand, token by token, with no help from lvtp.hf.
 
-Importance comes from the attention maps of an eager copy of the tower, and the prompt goes in as `inputs_embeds`.
+Importance comes from the attention maps of an eager copy of the tower, and the prompt goes in as `inputs_embeds`. What
+differs from family to family is a list of `Image`.
 """
 
 import copy
@@ -10,6 +11,15 @@ import torch
 from torch import Tensor
 
 import lvtp
+
+
+@dataclass
+class Image:
+    """An image or video of the unpruned prompt, and what is left of it."""
+
+    size: int  # placeholders
+    kept: list[int]  # those that stay, ascending
+    vectors: list[Tensor]  # [D] each: what stands there
 
 
 @dataclass
@@ -43,49 +53,51 @@ def eager_attention(model, pixels, layer):
     return tower(pixels, output_attentions=True).attentions[layer]
 
 
-def select(model, pixels, k, method="id_selection"):
-    """What the tower shows, what the selector keeps: projected [n, N, D] and ascending indices [n, k]."""
-    hidden = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
-    importance = eager_attention(model, pixels, -2).mean(1)[:, 0, 1:]
-    if method == "id_selection":
-        indices = lvtp.id_selection(hidden.detach(), importance.detach(), k).sort(dim=1).values
-    else:
-        indices = lvtp.prune_sid(hidden.detach(), importance.detach(), k)
-    return model.model.multi_modal_projector(hidden), indices
+def choose(features, importance, k, method="id_selection"):
+    """The kept tokens of one unit, ascending, from [N, Dv] and [N]."""
+    features, importance = features.detach()[None], importance.detach()[None]
+    if k >= features.shape[1]:
+        return list(range(features.shape[1]))
+    if method == "prune_sid":
+        return lvtp.prune_sid(features, importance, k)[0].tolist()
+    return sorted(lvtp.id_selection(features, importance, k)[0].tolist())
 
 
-def assemble(model, inputs, k, positions="compact", method="id_selection"):
+def assemble(model, inputs, images, positions="compact"):
+    """`images`: those of each placeholder token, in prompt order: {token: [Image, ...]}."""
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    projected, chosen = select(model, inputs["pixel_values"], k, method)
-    n = projected.shape[1]
-    image = -1
+    queues = {token: list(of_kind) for token, of_kind in images.items()}
+    slots = dict.fromkeys(queues, 0)
     rows, places, kept = [], [], []
     for row in range(len(ids)):
-        seen, place = 0, 0
+        place = 0
         embeds, numbers, columns = [], [], []
         for column, token in enumerate(ids[row].tolist()):
             if not mask[row, column]:
                 continue
-            if token == model.config.image_token_id:
-                image += seen % n == 0
-                inside = seen % n
-                seen += 1
-                if inside in chosen[image].tolist():
-                    embeds.append(projected[image, inside])
-                    numbers.append(place)
-                    columns.append(column)
+            vector = None
+            if token in queues:
+                image, slot = queues[token][0], slots[token]
+                if slot in image.kept:
+                    vector = image.vectors[image.kept.index(slot)]
+                slots[token] = (slot + 1) % image.size
+                if slots[token] == 0:
+                    queues[token].pop(0)
             else:
-                embeds.append(model.get_input_embeddings().weight[token])
+                vector = model.get_input_embeddings().weight[token]
+            if vector is not None:
+                embeds.append(vector)
                 numbers.append(place)
                 columns.append(column)
             place += 1
         rows.append(torch.stack(embeds))
         places.append(torch.tensor(numbers) if positions == "original" else torch.arange(len(numbers)))
         kept.append(columns)
+    assert not any(queues.values())
     width = max(map(len, rows))
 
-    def left(items, fill=0):
-        return torch.stack([torch.cat([i.new_full((width - len(i), *i.shape[1:]), fill), i]) for i in items])
+    def left(items):
+        return torch.stack([torch.cat([i.new_zeros((width - len(i), *i.shape[1:])), i]) for i in items])
 
     return Oracle(left(rows), left([torch.ones(len(r), dtype=torch.long) for r in rows]), left(places), kept)
 
