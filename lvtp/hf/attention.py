@@ -28,7 +28,7 @@ def watched(layer: nn.Module, seen: Seen) -> Iterator[None]:
     """
     config = layer.config
     name = config._attn_implementation or "eager"
-    eager = sys.modules[type(layer).__module__].eager_attention_forward
+    eager = getattr(sys.modules[type(layer).__module__], "eager_attention_forward", None)
     kernel = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
 
     def look_and_attend(module, query, key, *args, **kwargs):

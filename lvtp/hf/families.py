@@ -11,7 +11,7 @@ from lvtp.hf.options import Options
 from lvtp.hf.prompt import check_decoder
 from lvtp.hf.qwen2_5_vl import Qwen25VL
 from lvtp.hf.qwen2_vl import Qwen2VL
-from lvtp.hf.qwen3_vl import Qwen3VL
+from lvtp.hf.qwen3_vl import Qwen3VL, Qwen3VLMoe
 
 _FAMILIES: tuple[Family, ...] = (
     Llava(),
@@ -21,6 +21,7 @@ _FAMILIES: tuple[Family, ...] = (
     Qwen2VL(),
     Qwen25VL(),
     Qwen3VL(),
+    Qwen3VLMoe(),
 )
 
 

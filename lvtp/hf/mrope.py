@@ -23,7 +23,8 @@ _COUNTED = ("input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw"
 class MRope(Family):
     """A placeholder is a block of patches, merged before the language model; the selector compares merged tokens.
 
-    The importance of a token is the mean attention that its patches receive.
+    The importance of a token is the mean attention that its patches receive. A frame is what the tower reads at once,
+    `temporal_patch_size` pictures of a video. With positions="compact", all three axes number the tokens through.
     """
 
     modalities: ClassVar = {"image": "pixel_values", "video": "pixel_values_videos"}
@@ -101,6 +102,5 @@ class MRope(Family):
             raise ValueError(f"position_ids must have 3 axes (time, height, width) or none of them, got {len(axes)}")
         axes = axes.expand(3, *numbers.shape)
         model.base_model.rope_deltas = (next_position - real.sum(dim=1))[:, None]
-        dropped = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
-        call = {name: value for name, value in call.items() if name not in dropped}
+        call = {name: value for name, value in call.items() if name != "second_per_grid_ts"}
         return call | {"position_ids": torch.cat([numbers[None], axes])}

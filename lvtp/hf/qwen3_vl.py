@@ -22,3 +22,7 @@ class Qwen3VL(MRope):
         width = encoded.features[0].shape[-1]
         pooled, *deepstack = map(list, zip(*(item.split(width, dim=-1) for item in tokens), strict=True))
         return BaseModelOutputWithDeepstackFeatures(pooler_output=pooled, deepstack_features=deepstack)
+
+
+class Qwen3VLMoe(Qwen3VL):
+    model_class = "Qwen3VLMoeForConditionalGeneration"

@@ -17,7 +17,7 @@ import lvtp
 
 from .tiny_qwen import IMAGE, MERGE, PATCH, VIDEO
 
-SCORED_LAYER = {"qwen2_vl": 3, "qwen2_5_vl": 2, "qwen3_vl": 3}
+SCORED_LAYER = {"qwen2_vl": 3, "qwen2_5_vl": 2, "qwen3_vl": 3, "qwen3_vl_moe": 3}
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 KINDS = {IMAGE: "image", VIDEO: "video"}
 
@@ -165,7 +165,7 @@ def assemble(model, inputs, k, positions="original", method="id_selection", scop
     shown = {kind: select(model, kind, inputs, k, method, scope) for kind in PIXELS if PIXELS[kind] in inputs}
     wanted = {kind: {pick for unit in chosen for pick in unit} for kind, (_, _, chosen) in shown.items()}
     grids = {kind: inputs[f"{kind}_grid_thw"].tolist() for kind in shown}
-    if model.config.model_type == "qwen3_vl" and "video" in grids:  # every frame follows its own timestamp
+    if "qwen3" in model.config.model_type and "video" in grids:  # every frame follows its own timestamp
         grids["video"] = [[1, h, w] for t, h, w in grids["video"] for _ in range(t)]
     seconds = inputs["second_per_grid_ts"].tolist() if "second_per_grid_ts" in inputs else [1] * 9
     seen = dict.fromkeys(shown, 0)

@@ -128,6 +128,21 @@ def test_deepstack_drops_with_the_tokens():
     assert (model(**prepared).logits - logits)[real].abs().max() > 0.1
 
 
+def test_experts_change_nothing():
+    model = shared("qwen3_moe")
+    inputs = batch(model, *BATCHES["mixed"])
+    oracle = assemble(model, inputs, KEEP, scope="frame")
+    wanted = oracle.logits(model)[oracle.mask.bool()]
+    whole = model(**inputs).logits
+    with lvtp.hf.prune(model, keep=KEEP, scope="frame"):
+        got = model(**inputs).logits[oracle.mask.bool()]
+        tokens = model.generate(**inputs, max_new_tokens=4)[:, -4:]
+    assert relative_error(got, wanted) <= 1e-5
+    assert torch.equal(tokens, oracle.greedy(model, 4))
+    with lvtp.hf.prune(model, keep=1.0):
+        assert torch.equal(model(**inputs).logits, whole)
+
+
 def test_loss_and_gradients_equal_the_oracle(model):
     inputs = batch(model, *BATCHES["mixed"])
     labels = text_labels(inputs)

@@ -10,6 +10,8 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
 )
 
 VOCABULARY = 128
@@ -50,12 +52,19 @@ def _qwen3():
     return Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **_IDS))
 
 
+def _qwen3_moe():
+    text = {**_TEXT, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    vision = _qwen3().config.vision_config.to_dict() | {"model_type": "qwen3_vl_moe_vision"}
+    return Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(text_config=text, vision_config=vision, **_IDS))
+
+
 BUILDERS = {"qwen2": _qwen2, "qwen2_5": _qwen2_5, "qwen3": _qwen3}
+MIXTURE = {"qwen3_moe": _qwen3_moe}  # Qwen3-VL but for its experts
 
 
 def build(family, attention="sdpa", seed=0):
     torch.manual_seed(seed)
-    model = BUILDERS[family]().eval()
+    model = (BUILDERS | MIXTURE)[family]().eval()
     model.set_attn_implementation(attention)
     model.generation_config.pad_token_id = 0
     model.generation_config.eos_token_id = None
@@ -77,7 +86,7 @@ def merged(*grid):
 def batch(model, *rows, side="left", seed=0):
     """The inputs of a call. A row holds ints (that many random text tokens), ("image", h, w) and ("video", t, h, w)."""
     generator = torch.Generator().manual_seed(seed)
-    by_frames = model.config.model_type == "qwen3_vl"  # a timestamp before every frame
+    by_frames = model.config.model_type in ("qwen3_vl", "qwen3_vl_moe")  # a timestamp before every frame
     grids = {"image": [], "video": []}
     ids = []
 
