@@ -78,6 +78,16 @@ class MRope(Family):
         projected = [frame for item, n in tokens for frame in item.unflatten(0, (n, -1))]
         return Encoded(projected, [frame for item in merged for frame in item], importance)
 
+    def unit_sizes(
+        self, model: PreTrainedModel, modality: str, arguments: dict[str, Any], placeholders: int, scope: str
+    ) -> list[int]:
+        merged = model.base_model.visual.spatial_merge_size**2
+        sizes = []
+        for t, h, w in arguments[f"{modality}_grid_thw"].tolist():
+            frame = h * w // merged
+            sizes += [frame] * t if scope == "frame" else [t * frame]
+        return sizes
+
     def original_positions(self, model: PreTrainedModel, call: Mapping[str, Any], real: Tensor) -> Tensor:
         """[3, B, S]: time, height and width."""
         if call.get("mm_token_type_ids") is None:

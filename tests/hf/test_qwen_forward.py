@@ -104,6 +104,19 @@ def test_a_frame_has_a_budget_of_its_own(model):
     assert pruning.last.counts == (5, 4, 3, 3, 3, 3, 3)
 
 
+def test_a_request_has_a_budget_over_its_images_and_frames(model):
+    inputs = batch(model, [2, CLIP, 1, SMALL, 3], [30], [4, WIDE, ("video", 2, 6, 4), 5])
+    with lvtp.hf.prune(model, keep=lvtp.Budget(total=16, dynamic=True), scope="frame") as pruning:
+        logits = model(**inputs).logits
+        prompt = model.generate(**inputs, max_new_tokens=2)[:, :-2]
+    small, wide, *frames = pruning.last.counts
+    assert small + sum(frames[:3]) == wide + sum(frames[3:]) == 16
+    visual = inputs["mm_token_type_ids"] > 0
+    assert (pruning.last.kept & visual).sum(1).tolist() == [16, 0, 16]
+    assert logits.shape[1] == pruning.last.kept.sum(1).max()
+    assert torch.equal(prompt, inputs["input_ids"])
+
+
 def test_deepstack_drops_with_the_tokens():
     model = shared("qwen3")
     inputs = batch(model, *BATCHES["mixed"])

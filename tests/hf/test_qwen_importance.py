@@ -40,6 +40,16 @@ def test_scores_equal_eager_attention(model, kind, score):
     assert wanted.max() / wanted.min() > 1.2
 
 
+@pytest.mark.parametrize("scope", ["image", "frame"])
+def test_sizes_are_known_before_anything_runs(model, scope):
+    inputs = batch(model, *RAGGED)
+    family = family_of(model, Options())
+    for kind in PIXELS:
+        arguments = {f"{kind}_grid_thw": inputs[f"{kind}_grid_thw"]}
+        wanted = list(map(len, encode(model, kind, inputs, scope=scope).features))
+        assert family.unit_sizes(model, kind, arguments, sum(wanted), scope) == wanted
+
+
 def test_windows_are_undone():
     """Without it every comparison of a lone small image would pass."""
     model = shared("qwen2_5")
