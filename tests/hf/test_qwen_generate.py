@@ -186,6 +186,25 @@ def test_second_turn_from_the_cache(model, rows, positions, inside, only_new_ids
     assert torch.equal(two[:, -NEW:], wanted)
 
 
+def test_second_turn_of_several_sequences(model):
+    inputs = batch(model, *BATCHES["single"])
+    oracle = assemble(model, inputs, KEEP)
+    text = torch.randint(2, 100, (2, 5), generator=torch.Generator().manual_seed(7))
+    with lvtp.hf.prune(model, keep=KEEP, restore_prompt=False):
+        kwargs = {"max_new_tokens": NEW, "do_sample": True, "num_return_sequences": 2}
+        one = model.generate(**inputs, **kwargs, return_dict_in_generate=True)
+        ids = torch.cat([one.sequences, text], dim=1)
+        two = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=one.past_key_values, max_new_tokens=NEW
+        )
+    for name in ("embeds", "ids", "mask"):
+        setattr(oracle, name, getattr(oracle, name).repeat(2, *[1] * (getattr(oracle, name).dim() - 1)))
+    oracle.positions = oracle.positions.repeat(1, 2, 1)
+    oracle.deepstack = [layer.repeat(2, 1) for layer in oracle.deepstack]
+    oracle.read(model, ids[:, oracle.ids.shape[1] :])
+    assert torch.equal(two[:, -NEW:], oracle.greedy(model, NEW))
+
+
 @pytest.mark.parametrize("rows", ["single", "video"])
 def test_decoding_by_hand(model, rows):
     """Steps without positions go on from the model's own `rope_deltas`."""
