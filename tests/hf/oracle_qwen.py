@@ -13,8 +13,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
-import lvtp
-
+from .oracle import choose
 from .tiny_qwen import IMAGE, MERGE, PATCH, VIDEO
 
 SCORED_LAYER = {"qwen2_vl": 3, "qwen2_5_vl": 2, "qwen3_vl": 3, "qwen3_vl_moe": 3}
@@ -126,14 +125,7 @@ def select(model, kind, inputs, k, method="id_selection", scope="image"):
         sizes = [t * h * w // MERGE**2 for t, h, w in grid.tolist()]
     scores, chosen, start = importance(model, pixels, grid), [], 0
     for size in sizes:
-        features, received = tokens[start : start + size].detach(), scores[start : start + size].detach()
-        budget = min(k, size)
-        if budget == size:
-            picks = list(range(size))
-        elif method == "id_selection":
-            picks = sorted(lvtp.id_selection(features[None], received[None], budget)[0].tolist())
-        else:
-            picks = lvtp.prune_sid(features[None], received[None], budget)[0].tolist()
+        picks = choose(tokens[start : start + size], scores[start : start + size], k, method)
         chosen.append([start + pick for pick in picks])
         start += size
     return tokens, deepstack, chosen

@@ -3,7 +3,7 @@ import torch
 
 import lvtp.hf
 
-from .oracle_llava import relative_error
+from .oracle import relative_error
 from .oracle_qwen import assemble
 from .tiny_qwen import BATCHES, BUILDERS, CLIP, SMALL, WIDE, batch, build, shared
 

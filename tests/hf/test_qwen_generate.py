@@ -8,7 +8,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import lvtp.hf
 from lvtp.hf.generation import CHUNKS_HOLD_IMAGES
 
-from .oracle_llava import relative_error
+from .oracle import relative_error
 from .oracle_qwen import assemble
 from .tiny_qwen import BATCHES, BUILDERS, SMALL, batch, shared
 
