@@ -6,34 +6,29 @@ import pytest
 import torch
 
 import lvtp.hf
+from lvtp.hf.families import family_of
+from lvtp.hf.options import Options
+from lvtp.hf.rewrite import _encoder_arguments
 from lvtp.importance import prompt_attention
 
-from . import tiny_llava, tiny_qwen
+from . import tiny_qwen
+from .members import MEMBERS
 
-MODELS = ("llava", *tiny_qwen.BUILDERS)
+TOWERS = {member.name: member for member in MEMBERS}
 KEEP = 4
 
 
-def build(family):
-    return tiny_llava.build() if family == "llava" else tiny_qwen.build(family)
+def batch(model, rows="ragged", side="left"):
+    """Several images, and videos where the family has them, in three prompts; or one image in one."""
+    for member in MEMBERS:
+        if member.model is model:
+            return member.batch(rows, side=side)
+    return tiny_qwen.batch(model, *tiny_qwen.BATCHES["mixed" if rows == "ragged" else rows], side=side)
 
 
-def batch(model, side="left"):
-    if model.config.model_type == "llava":
-        return tiny_llava.batch(model, [3, "image", 2, "image", 5], [9], [1, "image", 2], side=side)
-    return tiny_qwen.batch(model, *tiny_qwen.BATCHES["mixed"], side=side)
-
-
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=[*TOWERS, *tiny_qwen.BUILDERS])
 def model(request):
-    if request.param == "llava":
-        return request.getfixturevalue("llava")
-    return tiny_qwen.shared(request.param)
-
-
-@pytest.fixture(scope="module")
-def llava():
-    return tiny_llava.build()
+    return TOWERS[request.param].model if request.param in TOWERS else tiny_qwen.shared(request.param)
 
 
 def eager_rows(model, inputs):
@@ -47,26 +42,21 @@ def eager_rows(model, inputs):
 
 def units(model, inputs, rows):
     """What selectors see: features and scores of every image, then of every video."""
-    found = []
-    for kind, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+    found, family = [], family_of(model, Options())
+    for kind, pixels in family.modalities.items():
         if pixels not in inputs:
             continue
-        places = inputs["input_ids"] == getattr(model.config, f"{kind}_token_id")
-        if model.config.model_type == "llava":
-            features = list(
-                model.model.vision_tower(inputs[pixels], output_hidden_states=True).hidden_states[-2][:, 1:]
-            )
-        else:
-            encode = getattr(model.model, f"get_{kind}_features")
-            features = list(encode(inputs[pixels], inputs[f"{kind}_grid_thw"]).pooler_output)
-        scores = rows[places].split([len(tokens) for tokens in features])
-        found += zip(features, scores, strict=True)
-    return [(features.detach(), scores) for features, scores in found]
+        encoded = family.encode(model, kind, _encoder_arguments(model, kind, inputs), lambda features: features[..., 0])
+        scores = rows[inputs["input_ids"] == getattr(model.config, f"{kind}_token_id")]
+        if encoded.layouts is not None:  # separators are not scored
+            scores = scores[~torch.cat([layout.newline for layout in encoded.layouts])]
+        found += zip(encoded.features, scores.split([len(tokens) for tokens in encoded.features]), strict=True)
+    return found
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_picks_are_those_of_eager_attention(model, side):
-    inputs = batch(model, side)
+    inputs = batch(model, side=side)
     shown = units(model, inputs, eager_rows(model, inputs))
     wanted = [lvtp.id_selection(tokens[None], scores[None], KEEP)[0].sort().values for tokens, scores in shown]
     with lvtp.hf.prune(model, keep=KEEP, score="prompt") as pruning:
@@ -78,7 +68,7 @@ def test_picks_are_those_of_eager_attention(model, side):
 
 
 def test_the_question_decides(model):
-    inputs = batch(model)
+    inputs = batch(model, "single")
     with lvtp.hf.prune(model, keep=KEEP, score="prompt") as pruning:
         model(**inputs)
         before = pruning.last.indices
@@ -87,31 +77,33 @@ def test_the_question_decides(model):
     assert not all(map(torch.equal, pruning.last.indices, before))
 
 
-def test_the_pruned_prompt_runs_as_with_any_score(model):
+@pytest.mark.parametrize("family", tiny_qwen.BUILDERS)
+def test_the_pruned_prompt_runs_as_with_any_score(family):
     """Same indices by a callable, same logits, same tokens: the look leaves no trace."""
+    model = tiny_qwen.shared(family)
     inputs = batch(model)
-    scores = iter(score[None] for _, score in units(model, inputs, eager_rows(model, inputs)))
-    if model.config.model_type == "llava":
-        whole = torch.cat(list(scores))
-        options = {"score": lambda features: whole}
-    else:
-        options = {"score": lambda features: next(scores)}
+    scores = iter([score[None] for _, score in units(model, inputs, eager_rows(model, inputs))])
     with torch.no_grad():
-        with lvtp.hf.prune(model, keep=KEEP, **options):
+        with lvtp.hf.prune(model, keep=KEEP, score=lambda features: next(scores)):
             wanted = model(**inputs).logits
         with lvtp.hf.prune(model, keep=KEEP, score="prompt"):
             assert torch.equal(model(**inputs).logits, wanted)
-            tokens = model.generate(**inputs, max_new_tokens=4, num_beams=2)
-            assert torch.equal(model.generate(**inputs, max_new_tokens=4, num_beams=2), tokens)
-        unpruned = model(**inputs).logits
-        with lvtp.hf.prune(model, keep=18, score="prompt"):
-            assert torch.equal(model(**inputs).logits, unpruned)
+
+
+def test_keeping_everything_is_bitwise_the_unpruned_model(model):
+    inputs = batch(model)
+    with torch.no_grad():
+        wanted = model(**inputs).logits
+        tokens = model.generate(**inputs, max_new_tokens=3, num_beams=2)
+        with lvtp.hf.prune(model, keep=1.0, score="prompt"):
+            assert torch.equal(model(**inputs).logits, wanted)
+            assert torch.equal(model.generate(**inputs, max_new_tokens=3, num_beams=2), tokens)
 
 
 def test_two_layers_are_read_once_and_the_tower_once(model):
     inputs = batch(model)
     decoder = model.get_decoder()
-    tower = model.model.vision_tower if model.config.model_type == "llava" else model.model.visual
+    tower = getattr(model.model, "vision_tower", None) or model.model.visual
     calls = {"tower": 0, "first": 0, "second": 0, "lengths": []}
 
     def count(name):
@@ -137,16 +129,20 @@ def test_two_layers_are_read_once_and_the_tower_once(model):
     assert all(layer.self_attn.config is config for layer, config in zip(decoder.layers, configs, strict=True))
 
 
-def test_batch_equals_single(model):
-    inputs = batch(model)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_no_pick(model, side):
+    inputs = batch(model, "single")
+    padding = (3, 0) if side == "left" else (0, 3)
+    padded = {
+        name: torch.nn.functional.pad(value, padding) if value.shape == inputs["input_ids"].shape else value
+        for name, value in inputs.items()
+    }
+    picks = []
     with lvtp.hf.prune(model, keep=KEEP, score="prompt") as pruning:
-        together = model.generate(**inputs, max_new_tokens=4)[1, -4:]
-        model.generate(**inputs, max_new_tokens=1)
-        text = {name: value[1:2] for name, value in inputs.items() if name in ("input_ids", "attention_mask")}
-        real = text["attention_mask"][0].bool()
-        alone = model.generate(**{name: value[:, real] for name, value in text.items()}, max_new_tokens=4)
-    assert torch.equal(alone[0, -4:], together)
-    assert len(pruning.last.indices) == (3 if model.config.model_type == "llava" else 4)
+        for call in (inputs, padded):
+            model(**call)
+            picks.append(pruning.last.indices)
+    assert all(map(torch.equal, *picks))
 
 
 def test_what_cannot_be_scored_raises(model):
