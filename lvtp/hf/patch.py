@@ -125,8 +125,10 @@ def prune(
         score: importance that the selector starts from: "cls", attention of the CLS token; "received", mean attention
             received; "auto", the first where the tower has a CLS token that the language model does not read, else the
             second; "prompt", attention that the last token of the prompt pays to the visual tokens in the second layer
-            of the language model (ID-Selection's choice without a CLS token; costs a look into that model with all
-            tokens); or a callable from the features that the selector compares [n, N, Dv] to importance [n, N].
+            of the language model, at the cost of reading the whole prompt up to there; or a callable from the features
+            that the selector compares [n, N, Dv] to importance [n, N]. ID-Selection takes "cls", and "prompt" where
+            there is no CLS token; PruneSID's LLaVA code takes "cls", its Qwen code none at all, which is
+            `method=lambda features, scores, k: lvtp.prune_sid(features, None, k)`.
         positions: "compact" numbers the kept tokens through, "original" keeps their numbers in the unpruned prompt;
             "auto" is the family's own choice: original where positions have three axes (Qwen-VL), else compact.
         scope: what `keep` counts over: "image", an image or a whole video; "frame", each frame of a video.

@@ -43,7 +43,8 @@ def prepare(
 ) -> dict[str, Any]:
     """The inputs of a pruned call, to pass to `model(...)` or `model.generate(...)` once.
 
-    Changes neither `model` nor `inputs`. The result is for one call: `generate` rewrites its containers under beam
+    Changes neither `model` nor `inputs`, but for the `rope_deltas` of a Qwen-VL model, which every call sets: run what
+    was prepared before the next call. The result is for one call: `generate` rewrites its containers under beam
     search. The prompt that `generate` returns is the pruned one, and `max_length` counts it. With positions="original"
     do not turn the cache off in `generate`: it drops the attention mask that the positions then need (`prune` sees to
     that).
