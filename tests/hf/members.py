@@ -1,8 +1,9 @@
 """The families that go through the shared tests: a tiny model each, its inputs, and its pruned prompts made by hand."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
+from types import ModuleType
 
 from . import tiny_anyres, tiny_internvl, tiny_llava
 
@@ -10,14 +11,13 @@ from . import tiny_anyres, tiny_internvl, tiny_llava
 @dataclass(frozen=True)
 class Member:
     name: str
+    # Holds `batch(model, *rows, side, seed)`: the arguments of a call; `assemble(model, inputs, k, positions, method,
+    # scope, newline)`: its Oracle; `count(kind, row)`: how many of its pixel tensors, "image" or "video", are a row's.
+    tiny: ModuleType
     build: Callable  # (**options) -> model
-    inputs: Callable  # (model, *rows, side, seed) -> the arguments of a call
-    pruned: Callable  # (model, inputs, k, positions, method, scope, newline) -> Oracle
-    batches: dict  # single, padded, two_and_one, text_only_row, ragged: rows for `inputs`
+    batches: dict  # single, padded, two_and_one, text_only_row, ragged: rows for `batch`
     everything: int  # a `keep` that no image has more tokens than
     variants: tuple[dict, ...] = ({},)  # the scopes and newline policies it has, as options of prune; default first
-    original: bool = True  # whether positions="original" is tested too
-    pixels: tuple[str, ...] = field(default=("pixel_values",))
 
     @cached_property
     def model(self):
@@ -25,25 +25,20 @@ class Member:
         return self.build()
 
     def batch(self, rows, **options):
-        """`rows`: a name out of `batches`, or rows."""
-        return self.inputs(self.model, *(self.batches[rows] if isinstance(rows, str) else rows), **options)
+        return self.tiny.batch(self.model, *self.batches[rows], **options)
 
-    def assemble(self, inputs, k, positions="compact", method="id_selection", scope="image", newline=None):
-        return self.pruned(self.model, inputs, k, positions, method, scope, newline)
+    def assemble(self, inputs, k, *args, **options):
+        return self.tiny.assemble(self.model, inputs, k, *args, **options)
 
 
-_NEWLINES = ({"newline": "drop"}, {"newline": "all"})
+_NEWLINES = ({}, {"newline": "drop"}, {"newline": "all"}, {"scope": "crop"})
 
 MEMBERS = (
-    Member("llava", tiny_llava.build, tiny_llava.batch, tiny_llava.assemble, tiny_llava.BATCHES, 16),
+    Member("llava", tiny_llava, tiny_llava.build, tiny_llava.BATCHES, 16),
+    Member("llava_next", tiny_anyres, tiny_anyres.build_next, tiny_anyres.BATCHES_NEXT, 80, _NEWLINES),
     Member(
-        "llava_next", tiny_anyres.build_next, tiny_anyres.batch, tiny_anyres.assemble, tiny_anyres.BATCHES_NEXT, 80,
-        variants=({}, *_NEWLINES, {"scope": "crop"}),
+        "llava_onevision", tiny_anyres, tiny_anyres.build_onevision, tiny_anyres.BATCHES_ONEVISION, 41,
+        (*_NEWLINES, {"scope": "frame"}),
     ),
-    Member(
-        "llava_onevision", tiny_anyres.build_onevision, tiny_anyres.batch, tiny_anyres.assemble,
-        tiny_anyres.BATCHES_ONEVISION, 41, variants=({}, *_NEWLINES, {"scope": "crop"}, {"scope": "frame"}),
-        pixels=("pixel_values", "pixel_values_videos"),
-    ),
-    Member("internvl", tiny_internvl.build, tiny_internvl.batch, tiny_internvl.assemble, tiny_internvl.BATCHES, 16),
+    Member("internvl", tiny_internvl, tiny_internvl.build, tiny_internvl.BATCHES, 16),
 )  # fmt: skip

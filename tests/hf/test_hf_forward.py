@@ -3,39 +3,46 @@ import torch
 
 import lvtp.hf
 
-from .oracle_llava import assemble, relative_error
-from .tiny_llava import BATCHES, batch, build
+from .oracle import relative_error
+from .tiny import IMAGE_TOKEN
+from .tiny_llava import BATCHES, assemble, batch, build
 
-KEEP = 5
-
-
-def real_logits(logits, mask):
-    return logits[mask.bool()]
+KEEP = 3
+TWO_AND_ONE = BATCHES["two_and_one"]
 
 
-@pytest.mark.parametrize("keep", [16, 100, 1.0])
-@pytest.mark.parametrize("positions", ["compact", "original"])
-def test_keeping_everything_is_bitwise_the_unpruned_model(model, rows, keep, positions):
-    inputs = batch(model, *rows)
+@pytest.mark.parametrize("ratio", [False, True])
+def test_keeping_everything_is_bitwise_the_unpruned_model(case, rows, ratio):
+    member, variant = case
+    inputs = member.batch(rows)
     inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
-    wanted = model(**inputs)
-    with lvtp.hf.prune(model, keep=keep, positions=positions) as pruning:
-        got = model(**inputs)
-    assert torch.equal(got.logits, wanted.logits)
-    assert torch.equal(got.loss, wanted.loss)
-    assert torch.equal(pruning.last.kept, inputs["attention_mask"].bool())
+    wanted = member.model(**inputs)
+    for positions in ("compact", "original")[: 1 + (variant.get("scope") != "crop")]:
+        keep = 1.0 if ratio else member.everything
+        with lvtp.hf.prune(member.model, keep=keep, positions=positions, **variant) as pruning:
+            got = member.model(**inputs)
+        assert torch.equal(got.logits, wanted.logits)
+        assert torch.equal(got.loss, wanted.loss)
+        assert torch.equal(pruning.last.kept, inputs["attention_mask"].bool())
 
 
-@pytest.mark.parametrize("method", ["id_selection", "prune_sid"])
-@pytest.mark.parametrize("positions", ["compact", "original"])
+@pytest.mark.parametrize(
+    ("method", "positions"), [("id_selection", "compact"), ("prune_sid", "compact"), ("id_selection", "original")]
+)
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_logits_equal_the_oracle(model, rows, method, positions, side):
-    inputs = batch(model, *rows, side=side)
-    oracle = assemble(model, inputs, KEEP, positions, method)
-    wanted = oracle.logits(model)[oracle.mask.bool()]
-    with lvtp.hf.prune(model, method, KEEP, positions=positions) as pruning:
-        logits = model(**inputs).logits
-    unpadded = lvtp.hf.prepare(model, inputs, method=method, keep=KEEP, positions=positions)["attention_mask"].bool()
+def test_logits_equal_the_oracle(case, rows, method, positions, side):
+    member, variant = case
+    inputs = member.batch(rows, side=side)
+    if positions == "original" and variant.get("scope") == "crop":  # crops have no places in the prompt
+        with pytest.raises(ValueError, match="positions must be 'compact' with scope='crop'"):
+            lvtp.hf.prepare(member.model, inputs, positions=positions, **variant)
+        return
+    oracle = member.assemble(inputs, KEEP, positions, method, **variant)
+    wanted = oracle.logits(member.model)[oracle.mask.bool()]
+    with lvtp.hf.prune(member.model, method, KEEP, positions=positions, **variant) as pruning:
+        logits = member.model(**inputs).logits
+    prepared = lvtp.hf.prepare(member.model, inputs, method=method, keep=KEEP, positions=positions, **variant)
+    unpadded = prepared["attention_mask"].bool()
     assert relative_error(logits[unpadded], wanted) <= 1e-5
     for row, columns in enumerate(oracle.kept):
         assert pruning.last.kept[row].nonzero().flatten().tolist() == columns
@@ -43,44 +50,57 @@ def test_logits_equal_the_oracle(model, rows, method, positions, side):
         assert unpadded[:, 0].all()
 
 
-def test_pruning_changes_the_logits(model):
+def test_pruning_changes_the_logits(case):
     """The control: without it, every comparison here would pass on a model that ignores its images."""
-    inputs = batch(model, [3, "image", 5])
-    full = model(**inputs).logits[:, -1]
-    with lvtp.hf.prune(model, keep=KEEP):
-        pruned = model(**inputs).logits[:, -1]
-    assert (full - pruned).abs().max() > 0.1
+    member, variant = case
+    inputs = member.batch("ragged")
+    full = member.model(**inputs).logits[[0, 2], -1]
+    with lvtp.hf.prune(member.model, keep=KEEP, **variant):
+        pruned = member.model(**inputs).logits[[0, 2], -1]
+    assert (full - pruned).abs().amax(dim=-1).min() > 0.1
 
 
-def test_order_of_the_tokens_matters_so_they_stay_in_raster_order(model):
-    inputs = batch(model, [3, "image", 5])
-    with lvtp.hf.prune(model, keep=KEEP) as pruning:
-        logits = model(**inputs).logits
-    (indices,) = pruning.last.indices
-    assert indices.tolist() == sorted(indices.tolist())
-    prepared = lvtp.hf.prepare(model, inputs, keep=KEEP)
+def test_policies_and_scopes_differ(member):
+    """A variant that did nothing would pass every other test."""
+    inputs = member.batch("ragged")
+    logits = []
+    for variant in member.variants:
+        with lvtp.hf.prune(member.model, keep=KEEP, **variant):
+            logits.append(member.model(**inputs).logits[0, -1])
+    for i, one in enumerate(logits):
+        assert all((one - other).abs().max() > 0.01 for other in logits[:i])
+
+
+def test_order_of_the_tokens_matters_so_they_stay_in_raster_order(member):
+    inputs = member.batch("single")
+    with lvtp.hf.prune(member.model, keep=KEEP) as pruning:
+        logits = member.model(**inputs).logits
+    for indices in pruning.last.indices:
+        assert indices.tolist() == sorted(indices.tolist())
+    prepared = lvtp.hf.prepare(member.model, inputs, keep=KEEP)
     outputs = prepared["mm_encoder_outputs"]["image"]
-    outputs.pooler_output = [outputs.pooler_output[0].flip(0)]
-    assert (model(**prepared).logits - logits).abs().max() > 0.1
+    flipped = [image.flip(0) for image in outputs.pooler_output]
+    outputs.pooler_output = torch.stack(flipped) if isinstance(outputs.pooler_output, torch.Tensor) else flipped
+    assert (member.model(**prepared).logits - logits).abs().max() > 0.1
 
 
-def test_original_positions_differ_from_compact_ones(model):
-    inputs = batch(model, [3, "image", 5])
-    with lvtp.hf.prune(model, keep=KEEP, positions="compact"):
-        compact = model(**inputs).logits
-    with lvtp.hf.prune(model, keep=KEEP, positions="original"):
-        original = model(**inputs).logits
+def test_original_positions_differ_from_compact_ones(member):
+    inputs = member.batch("single")
+    with lvtp.hf.prune(member.model, keep=KEEP, positions="compact"):
+        compact = member.model(**inputs).logits
+    with lvtp.hf.prune(member.model, keep=KEEP, positions="original"):
+        original = member.model(**inputs).logits
     assert (compact - original).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("with_mask", [True, False])
-def test_original_positions_without_cache_are_not_read_as_packed_sequences(model, with_mask):
-    inputs = batch(model, [3, "image", 5])
-    wanted = assemble(model, inputs, KEEP, "original").logits(model)
+def test_original_positions_without_cache_are_not_read_as_packed_sequences(member, with_mask):
+    inputs = member.batch("single")
+    wanted = member.assemble(inputs, KEEP, "original").logits(member.model)
     if not with_mask:
         del inputs["attention_mask"]
-    with lvtp.hf.prune(model, keep=KEEP, positions="original"):
-        got = model(**inputs, use_cache=False).logits
+    with lvtp.hf.prune(member.model, keep=KEEP, positions="original"):
+        got = member.model(**inputs, use_cache=False).logits
     assert relative_error(got, wanted) <= 1e-5
 
 
@@ -96,7 +116,7 @@ def test_given_positions_are_kept_with_their_tokens(model):
 
 @pytest.mark.parametrize(("keep", "count"), [(1, 1), (7, 7), (0.5, 8), (0.01, 1), (0.28, 4), (0.99, 16), (16, 16)])
 def test_budget(model, keep, count):
-    inputs = batch(model, *BATCHES["two_and_one"])
+    inputs = batch(model, *TWO_AND_ONE)
     with lvtp.hf.prune(model, keep=keep) as pruning:
         model(**inputs)
     assert pruning.last.counts == (count,) * 3
@@ -105,48 +125,55 @@ def test_budget(model, keep, count):
     assert pruning.last.positions == "compact"
 
 
-def test_loss_drops_only_the_labels_of_placeholders(model):
-    inputs = batch(model, *BATCHES["two_and_one"])
+def loss_labels(member, inputs, oracle):
+    """Labels of the text, as the call has them and as the pruned prompt does."""
     ids, real = inputs["input_ids"], inputs["attention_mask"].bool()
-    labels = ids.masked_fill((ids == model.config.image_token_id) | ~real, -100)
-    prepared = lvtp.hf.prepare(model, {**inputs, "labels": labels}, keep=KEEP)
-    for row in range(len(ids)):
+    labels = ids.masked_fill((ids >= IMAGE_TOKEN) | ~real, -100)
+    pruned = torch.full_like(oracle.mask, -100)
+    for row, columns in enumerate(oracle.kept):
+        pruned[row, -len(columns) :] = labels[row, columns]
+    return labels, pruned
+
+
+def test_loss_drops_only_the_labels_of_placeholders(case):
+    member, variant = case
+    inputs = member.batch("two_and_one")
+    oracle = member.assemble(inputs, KEEP, **variant)
+    labels, wanted_labels = loss_labels(member, inputs, oracle)
+    prepared = lvtp.hf.prepare(member.model, {**inputs, "labels": labels}, keep=KEEP, **variant)
+    for row in range(len(labels)):
         assert prepared["labels"][row][prepared["labels"][row] >= 0].equal(labels[row][labels[row] >= 0])
     assert (prepared["labels"][prepared["attention_mask"] == 0] == -100).all()
-
-    oracle = assemble(model, inputs, KEEP)
-    wanted_labels = torch.full_like(oracle.mask, -100)
-    for row, columns in enumerate(oracle.kept):
-        wanted_labels[row, -len(columns) :] = labels[row, columns]
-    wanted = model(inputs_embeds=oracle.embeds, attention_mask=oracle.mask, labels=wanted_labels).loss
-    with lvtp.hf.prune(model, keep=KEEP):
-        got = model(**inputs, labels=labels).loss
+    wanted = member.model(inputs_embeds=oracle.embeds, attention_mask=oracle.mask, labels=wanted_labels).loss
+    with lvtp.hf.prune(member.model, keep=KEEP, **variant):
+        got = member.model(**inputs, labels=labels).loss
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=0)
 
 
-def test_gradients_equal_the_oracle(model):
-    inputs = batch(model, *BATCHES["two_and_one"])
-    ids = inputs["input_ids"]
-    labels = ids.masked_fill((ids == model.config.image_token_id) | (inputs["attention_mask"] == 0), -100)
+def test_gradients_equal_the_oracle(case):
+    member, variant = case
+    model, inputs = member.model, member.batch("ragged")
+    oracle = member.assemble(inputs, KEEP, **variant)
+    labels, wanted_labels = loss_labels(member, inputs, oracle)
 
     def gradients(loss):
         model.zero_grad()
         loss.backward()
-        return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+        found = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+        model.zero_grad()
+        return found
 
-    oracle = assemble(model, inputs, KEEP)
-    wanted_labels = torch.full_like(oracle.mask, -100)
-    for row, columns in enumerate(oracle.kept):
-        wanted_labels[row, -len(columns) :] = labels[row, columns]
     wanted = gradients(model(inputs_embeds=oracle.embeds, attention_mask=oracle.mask, labels=wanted_labels).loss)
-    with lvtp.hf.prune(model, keep=KEEP):
+    with lvtp.hf.prune(model, keep=KEEP, **variant):
         got = gradients(model(**inputs, labels=labels).loss)
-    assert got.keys() == wanted.keys()
     assert any("vision_tower" in name for name in got)
     scale = max(gradient.abs().max() for gradient in wanted.values())
-    for name in wanted:
-        torch.testing.assert_close(got[name], wanted[name], rtol=1e-4, atol=1e-5 * scale.item())
-    model.zero_grad()
+    for name in wanted.keys() | got.keys():
+        zero = torch.zeros(())
+        one, other = got.get(name, zero), wanted.get(name, zero)
+        torch.testing.assert_close(
+            one.expand_as(other + one), other.expand_as(other + one), rtol=1e-4, atol=1e-5 * scale.item()
+        )
 
 
 def test_positional_arguments(model):
@@ -157,17 +184,18 @@ def test_positional_arguments(model):
     assert torch.equal(got, wanted)
 
 
-def test_prepare_changes_neither_model_nor_inputs(model):
-    inputs = batch(model, *BATCHES["two_and_one"])
+def test_prepare_changes_neither_model_nor_inputs(case):
+    member, variant = case
+    inputs = member.batch("ragged")
     before = {name: (value, value.clone()) for name, value in inputs.items()}
-    prepared = lvtp.hf.prepare(model, inputs, keep=KEEP)
-    assert "pixel_values" not in prepared
+    prepared = lvtp.hf.prepare(member.model, inputs, keep=KEEP, **variant)
+    assert not any(name.startswith("pixel") for name in prepared)
     assert inputs.keys() == before.keys()
     for name, (value, copy) in before.items():
         assert inputs[name] is value
         assert torch.equal(value, copy)
-    with lvtp.hf.prune(model, keep=KEEP):
-        assert torch.equal(model(**inputs).logits, model(**prepared).logits)
+    with lvtp.hf.prune(member.model, keep=KEEP, **variant):
+        assert torch.equal(member.model(**inputs).logits, member.model(**prepared).logits)
 
 
 def test_576_tokens():

@@ -7,7 +7,7 @@ from lvtp.hf.llava import Llava
 from lvtp.hf.tower import attention_layer
 from lvtp.importance import AttentionTap, cls_attention, received_attention
 
-from .oracle_llava import eager_attention
+from .oracle import eager_attention
 from .tiny_llava import batch, build
 
 

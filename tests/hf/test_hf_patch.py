@@ -12,6 +12,7 @@ from transformers import PixtralVisionConfig, StaticCache
 import lvtp.hf
 from lvtp.hf import requirement
 
+from .members import MEMBERS
 from .tiny_llava import BATCHES, batch, build
 
 KEEP = 5
@@ -33,7 +34,8 @@ def footprint(model):
 # ------------------------------------------------------------------------------------------------- nothing left behind
 
 
-def test_nothing_is_left_behind(model, inputs):
+def test_nothing_is_left_behind(member):
+    model, inputs = member.model, member.batch("two_and_one")
     before = footprint(model)
     with lvtp.hf.prune(model, keep=KEEP):
         assert footprint(model) != before
@@ -50,10 +52,11 @@ def test_nothing_is_left_behind(model, inputs):
 
 
 @pytest.mark.parametrize("where", ["caller", "tower", "projector", "decoder"])
-def test_nothing_is_left_behind_after_an_exception(model, inputs, where):
+def test_nothing_is_left_behind_after_an_exception(member, where):
     def fail(*_):
         raise KeyError(where)
 
+    model, inputs = member.model, member.batch("two_and_one")
     module = {
         "caller": model,
         "tower": model.model.vision_tower,
@@ -267,10 +270,11 @@ def test_unsupported_models_raise_by_name(model):
 
 
 def test_unsupported_towers_raise_by_name():
-    model = build()
-    model.config.vision_config = PixtralVisionConfig()
-    with pytest.raises(ValueError, match=r"score='auto' needs a vision tower of type .* got pixtral"):
-        lvtp.hf.patch(model)
+    for member in MEMBERS:
+        model = member.build()
+        model.config.vision_config = PixtralVisionConfig()
+        with pytest.raises(ValueError, match=r"score='auto' needs a vision tower of type .* got pixtral"):
+            lvtp.hf.patch(model)
 
 
 def test_transformers_is_required_by_name(monkeypatch):

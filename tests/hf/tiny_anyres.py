@@ -93,6 +93,10 @@ def batch(model, *rows, side="left", seed=0):
     return inputs
 
 
+def count(kind, row):
+    return row.count("video") if kind == "video" else sum(part in SHAPES for part in row)
+
+
 def seen(model, pixels):
     """Features [n, 16, Dv], importance [n, 16] and projected tokens [n, 16, D] of crops [n, 3, 16, 16]."""
     layer = model.config.vision_feature_layer
@@ -210,7 +214,7 @@ BATCHES_NEXT = {
 }
 BATCHES_ONEVISION = {
     "single": [[3, "square", 5]],
-    "padded": [[3, "square", 5], [2, "tall", 12]],
+    "padded": [[3, "square", 5], [2, "tall", 9]],
     "two_and_one": [[3, "wide", 2, "square", 4], [1, "tall", 6]],
     "text_only_row": [[2, "video", 5], [9]],
     "ragged": [[1, "tall", "video", "wide", 2], [30], [4, "video", 3, "square", 1]],

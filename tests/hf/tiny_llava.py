@@ -21,11 +21,15 @@ def build(image_size=32, patch_size=8, tower="clip", attention="sdpa", seed=0, *
 def batch(model, *rows, side="left", seed=0):
     """Rows are sequences of ints (that many random text tokens) and "image"; returns the inputs of a call."""
     inputs, generator = prompts(rows, lambda _: (IMAGE_TOKEN, model.config.image_seq_length), side, seed)
-    images = sum(row.count("image") for row in rows)
+    images = sum(count("image", row) for row in rows)
     if images:
         size = model.config.vision_config.image_size
         inputs["pixel_values"] = torch.randn(images, 3, size, size, generator=generator)
     return inputs
+
+
+def count(kind, row):
+    return row.count(kind)
 
 
 def assemble(model, inputs, k, positions="compact", method="id_selection", scope="image", newline=None):
@@ -37,8 +41,8 @@ def assemble(model, inputs, k, positions="compact", method="id_selection", scope
         importance = oracle.eager_attention(model, pixels, -2).mean(1)[:, 0, 1:]
         projected = model.model.multi_modal_projector(hidden)
         ks = k if isinstance(k, list) else [k] * len(pixels)
-        for tokens, features, scores, count in zip(projected, hidden, importance, ks, strict=True):
-            chosen = oracle.choose(features, scores, count, method)
+        for tokens, features, scores, wanted in zip(projected, hidden, importance, ks, strict=True):
+            chosen = oracle.choose(features, scores, wanted, method)
             images.append(oracle.Image(len(tokens), chosen, [tokens[i] for i in chosen]))
     return oracle.assemble(model, inputs, {IMAGE_TOKEN: images}, positions)
 
