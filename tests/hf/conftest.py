@@ -1,13 +1,12 @@
 import pytest
 
 from .members import MEMBERS
-from .tiny_llava import build
 
 
 @pytest.fixture(scope="session")
 def model():
     """LLaVA-1.5, for tests of what has nothing to do with the family."""
-    return build()
+    return MEMBERS[0].model
 
 
 @pytest.fixture(params=["single", "padded", "two_and_one", "text_only_row", "ragged"])

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from types import ModuleType
 
+import torch
+
 from . import tiny_anyres, tiny_internvl, tiny_llava
 
 
@@ -22,7 +24,10 @@ class Member:
     @cached_property
     def model(self):
         """One for all tests, which leave it as it is."""
-        return self.build()
+        model = self.build()
+        with torch.no_grad():  # transformers leaves hooks of its own at the first call
+            model(**self.tiny.batch(model, *self.batches["ragged"]))
+        return model
 
     def batch(self, rows, **options):
         return self.tiny.batch(self.model, *self.batches[rows], **options)
