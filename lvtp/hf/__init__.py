@@ -14,7 +14,8 @@ from lvtp.hf.requirement import check_transformers
 check_transformers()
 
 from lvtp.hf.families import supported  # noqa: E402
+from lvtp.hf.info import Info, info  # noqa: E402
 from lvtp.hf.patch import Pruning, patch, prune  # noqa: E402
 from lvtp.hf.rewrite import Pruned, prepare  # noqa: E402
 
-__all__ = ["Pruned", "Pruning", "patch", "prepare", "prune", "supported"]
+__all__ = ["Info", "Pruned", "Pruning", "info", "patch", "prepare", "prune", "supported"]

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
-from lvtp.hf.family import Encoded
+from lvtp.hf.family import Encoded, Size
 from lvtp.hf.layout import Layout
 from lvtp.hf.options import Options, Score
-from lvtp.hf.tower import Seen, TowerFamily, encode_with_tower
+from lvtp.hf.tower import Seen, TowerFamily, encode_with_tower, tower_tokens
 
 _NEWLINE = -1.0
 
@@ -52,11 +52,17 @@ class Anyres(TowerFamily):
         if options.score == "prompt":
             raise ValueError("score='prompt' needs scope='image': the language model never sees crops")
 
+    def image_sizes(self, arguments: dict[str, Any]) -> Tensor:
+        """Height and width of every image, [n, 2]."""
+        if arguments.get("image_sizes") is None:
+            raise ValueError("image_sizes must be given beside pixel_values, got none")
+        return arguments["image_sizes"]
+
     def encode(
         self, model: PreTrainedModel, modality: str, arguments: dict[str, Any], score: Score, scope: str = "image"
     ) -> Encoded:
-        seen = encode_with_tower(model, modality, arguments, score)
         crops = self.crops(model, arguments)
+        seen = encode_with_tower(model, modality, arguments, score)
         layouts = self._layouts(model, arguments, crops, seen.features.shape[1], scope)
         packed = list(seen.outputs.pooler_output)
         if scope == "crop":
@@ -68,14 +74,13 @@ class Anyres(TowerFamily):
         features, importance = self._packed(model, arguments, crops, seen, layouts)
         return Encoded(packed, features, importance, layouts)
 
-    def unit_sizes(
-        self, model: PreTrainedModel, modality: str, arguments: dict[str, Any], placeholders: int, scope: str
-    ) -> list[int]:
-        crops, vision = self.crops(model, arguments), model.config.vision_config
-        tokens = (vision.image_size // vision.patch_size) ** 2
-        if scope == "crop":
-            return [tokens] * sum(crops)
-        return [int((~layout.newline).sum()) for layout in self._layouts(model, arguments, crops, tokens, scope)]
+    def sizes(self, model: PreTrainedModel, modality: str, arguments: dict[str, Any], scope: str) -> list[Size]:
+        crops, tokens = self.crops(model, arguments), tower_tokens(model, arguments)
+        sizes = []
+        for count, layout in zip(crops, self._layouts(model, arguments, crops, tokens, scope), strict=True):
+            units = (tokens,) * count if scope == "crop" else (int((~layout.newline).sum()),)
+            sizes.append(Size(len(layout.newline), units))
+        return sizes
 
     def _layouts(
         self, model: PreTrainedModel, arguments: dict[str, Any], crops: list[int], tokens: int, scope: str

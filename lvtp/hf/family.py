@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,13 @@ class Encoded:
     features: list[Tensor]  # unit: [N, Dv]: what the selector compares
     importance: list[Tensor]  # unit: fp32 [N]
     layouts: list[Layout] | None = None  # of image i; None: an image is one unit, a placeholder for each token
+
+
+class Size(NamedTuple):
+    """How large an image or video is."""
+
+    placeholders: int
+    units: tuple[int, ...]  # tokens of each
 
 
 def stacked(tokens: list[Tensor]) -> Tensor:
@@ -54,15 +61,9 @@ class Family(ABC):
     ) -> Encoded:
         """Runs the model's own encoder once on `arguments` and maps features and scores to the placeholders."""
 
-    def unit_sizes(
-        self, model: PreTrainedModel, modality: str, arguments: dict[str, Any], placeholders: int, scope: str
-    ) -> list[int]:
-        """How many tokens every unit of the `placeholders` in all prompts has, without running anything.
-
-        Here: as many as there are pixel tensors, all of one size.
-        """
-        units = len(arguments[self.modalities[modality]])
-        return [placeholders // units] * units
+    @abstractmethod
+    def sizes(self, model: PreTrainedModel, modality: str, arguments: dict[str, Any], scope: str) -> list[Size]:
+        """How large the images or videos are that `encode` would find; runs nothing."""
 
     def container(self, modality: str, encoded: Encoded, tokens: list[Tensor]) -> ModelOutput:
         """The tokens [K_i, D] left of every image, as the model takes them from `mm_encoder_outputs`.

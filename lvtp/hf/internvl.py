@@ -6,9 +6,9 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import PreTrainedModel
 
-from lvtp.hf.family import Encoded, stacked
+from lvtp.hf.family import Encoded, Size, stacked
 from lvtp.hf.options import Score
-from lvtp.hf.tower import TowerFamily, encode_with_tower
+from lvtp.hf.tower import TowerFamily, encode_with_tower, tower_tokens
 
 
 class InternVL(TowerFamily):
@@ -30,6 +30,10 @@ class InternVL(TowerFamily):
 
         seen = encode_with_tower(model, modality, arguments, score, merge)
         return Encoded(list(seen.outputs.pooler_output), list(seen.features), list(seen.importance))
+
+    def sizes(self, model: PreTrainedModel, modality: str, arguments: dict[str, Any], scope: str) -> list[Size]:
+        tokens = int(tower_tokens(model, arguments) * model.config.downsample_ratio**2)
+        return [Size(tokens, (tokens,))] * len(arguments["pixel_values"])
 
     def container(self, modality: str, encoded: Encoded, tokens: list[Tensor]) -> ModelOutput:
         return BaseModelOutputWithPooling(pooler_output=stacked(tokens))

@@ -25,6 +25,7 @@ class Layout:
 
         If all of them do, so do all newlines: the image is what it was.
         """
+        chosen = chosen.to(self.newline.device)
         if bool(chosen.all()):
             return torch.ones_like(self.newline)
         if self.crops is not None:
@@ -34,7 +35,7 @@ class Layout:
                     f"keep must leave at most the {room} tokens that an image has in the prompt after unpadding, got "
                     f"{count} over all its crops; scope='image' counts after unpadding"
                 )
-            return torch.arange(room, device=chosen.device) < count
+            return torch.arange(room) < count
         kept = torch.zeros_like(self.newline)
         kept[~self.newline] = chosen
         if newline == "all":

@@ -15,7 +15,7 @@ class LlavaNext(Anyres):
 
     def crops(self, model: PreTrainedModel, arguments: dict[str, Any]) -> list[int]:
         pinpoints, side = model.config.image_grid_pinpoints, model.config.vision_config.image_size
-        return [image_size_to_num_patches(size, pinpoints, side) for size in arguments["image_sizes"]]
+        return [image_size_to_num_patches(size, pinpoints, side) for size in self.image_sizes(arguments)]
 
     def pack(
         self, model: PreTrainedModel, arguments: dict[str, Any], values: Sequence[Tensor], newline: Tensor

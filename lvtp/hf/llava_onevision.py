@@ -1,5 +1,6 @@
 """LLaVA-OneVision: images as in LLaVA-NeXT, shrunk to a largest size; videos of pooled frames with one newline."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -10,7 +11,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
 
 from lvtp.hf.anyres import Anyres
-from lvtp.hf.family import Encoded, stacked
+from lvtp.hf.family import Encoded, Size, stacked
 from lvtp.hf.layout import Layout
 from lvtp.hf.options import Score
 from lvtp.hf.tower import encode_with_tower
@@ -23,7 +24,7 @@ class LlavaOnevision(Anyres):
 
     def crops(self, model: PreTrainedModel, arguments: dict[str, Any]) -> list[int]:
         pinpoints, side = model.config.image_grid_pinpoints, model.config.vision_config.image_size
-        sizes, in_prompt = arguments["image_sizes"], arguments.get("batch_num_images")
+        sizes, in_prompt = self.image_sizes(arguments), arguments.get("batch_num_images")
         # Several images in one prompt are not cut into crops.
         alone = [True] * len(sizes) if in_prompt is None else [n == 1 for n in in_prompt for _ in range(n)]
         return [
@@ -42,7 +43,7 @@ class LlavaOnevision(Anyres):
         self, model: PreTrainedModel, modality: str, arguments: dict[str, Any], score: Score, scope: str = "image"
     ) -> Encoded:
         if modality == "image":
-            return super().encode(model, modality, arguments, score, "crop" if scope == "crop" else "image")
+            return super().encode(model, modality, arguments, score, _of_images(scope))
         seen = encode_with_tower(model, modality, arguments, score)
         pool = model.base_model.apply_pooling
         videos, frames = arguments["pixel_values_videos"].shape[:2]
@@ -59,16 +60,20 @@ class LlavaOnevision(Anyres):
             [Layout(units, newline, torch.zeros(len(newline), dtype=torch.long))] * videos,
         )
 
-    def unit_sizes(
-        self, model: PreTrainedModel, modality: str, arguments: dict[str, Any], placeholders: int, scope: str
-    ) -> list[int]:
+    def sizes(self, model: PreTrainedModel, modality: str, arguments: dict[str, Any], scope: str) -> list[Size]:
         if modality == "image":
-            return super().unit_sizes(model, modality, arguments, placeholders, scope)
+            return super().sizes(model, modality, arguments, _of_images(scope))
         videos, frames = arguments["pixel_values_videos"].shape[:2]
-        units = frames if scope == "frame" else 1
-        return [(placeholders // videos - 1) // units] * (videos * units)
+        vision = model.config.vision_config
+        tokens = math.ceil(vision.image_size // vision.patch_size / 2) ** 2  # of a frame
+        units = (tokens,) * frames if scope == "frame" else (tokens * frames,)
+        return [Size(tokens * frames + 1, units)] * videos
 
     def container(self, modality: str, encoded: Encoded, tokens: list[Tensor]) -> ModelOutput:
         if modality == "image":
             return super().container(modality, encoded, tokens)
         return BaseModelOutputWithPooling(pooler_output=stacked(tokens))
+
+
+def _of_images(scope: str) -> str:
+    return "image" if scope == "frame" else scope

@@ -11,7 +11,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import PreTrainedModel
 
 from lvtp.hf.attention import received_by_segment
-from lvtp.hf.family import Encoded, Family
+from lvtp.hf.family import Encoded, Family, Size
 from lvtp.hf.options import Options, Score
 from lvtp.hf.sequence import real_tokens
 from lvtp.hf.tower import called
@@ -78,14 +78,12 @@ class MRope(Family):
         projected = [frame for item, n in tokens for frame in item.unflatten(0, (n, -1))]
         return Encoded(projected, [frame for item in merged for frame in item], importance)
 
-    def unit_sizes(
-        self, model: PreTrainedModel, modality: str, arguments: dict[str, Any], placeholders: int, scope: str
-    ) -> list[int]:
+    def sizes(self, model: PreTrainedModel, modality: str, arguments: dict[str, Any], scope: str) -> list[Size]:
         merged = model.base_model.visual.spatial_merge_size**2
         sizes = []
         for t, h, w in arguments[f"{modality}_grid_thw"].tolist():
             frame = h * w // merged
-            sizes += [frame] * t if scope == "frame" else [t * frame]
+            sizes.append(Size(t * frame, (frame,) * t if scope == "frame" else (t * frame,)))
         return sizes
 
     def original_positions(self, model: PreTrainedModel, call: Mapping[str, Any], real: Tensor) -> Tensor:

@@ -82,9 +82,9 @@ def rewrite(
     for modality, pixels in family.modalities.items():
         if call.get(pixels) is None:
             continue
-        arguments |= (taken := _encoder_arguments(model, modality, call))
+        arguments |= (taken := encoder_arguments(model, modality, call))
         encoded[modality] = family.encode(model, modality, taken, options.tower_score, options.scope)
-        placeholders[modality] = call["input_ids"] == _placeholder_id(model, modality)  # [B, S]
+        placeholders[modality] = call["input_ids"] == placeholder_id(model, modality)  # [B, S]
         _check_placeholders(modality, placeholders[modality], real, encoded[modality])
     if options.score == "prompt":
         encoded = _scored_by_prompt(model, family, call, encoded, placeholders, real)
@@ -131,7 +131,7 @@ def _check_call(call: dict[str, Any]) -> None:
         )
 
 
-def _encoder_arguments(model: PreTrainedModel, modality: str, call: dict[str, Any]) -> dict[str, Any]:
+def encoder_arguments(model: PreTrainedModel, modality: str, call: dict[str, Any]) -> dict[str, Any]:
     """The arguments of the call that the model's encoder takes, as `generate` finds them."""
     encoder = getattr(model.base_model, f"get_{modality}_features")
     return {name: call[name] for name in inspect.signature(encoder).parameters if name in call}
@@ -208,13 +208,18 @@ def _mask(features: Tensor, index: Tensor) -> Tensor:
     return mask
 
 
-def _check_placeholders(modality: str, placeholders: Tensor, real: Tensor, encoded: Encoded) -> None:
-    wanted, got = sum(map(len, encoded.projected)), int(placeholders.sum())
+def check_count(modality: str, images: int, wanted: int, got: int) -> None:
+    """Raises unless the prompts hold the placeholders of so many images."""
     if wanted != got:
         raise ValueError(
-            f"input_ids must hold one placeholder for each of the {wanted} {modality} tokens of "
-            f"{len(encoded.projected)} {modality}s, got {got}"
+            f"input_ids must hold one placeholder for each of the {wanted} {modality} tokens of {images} {modality}s, "
+            f"got {got}"
         )
+
+
+def _check_placeholders(modality: str, placeholders: Tensor, real: Tensor, encoded: Encoded) -> None:
+    sizes = [len(tokens) for tokens in encoded.projected]
+    check_count(modality, len(sizes), sum(sizes), int(placeholders.sum()))
     if bool((placeholders & ~real).any()):
         raise ValueError(f"attention_mask must not hide {modality} placeholders")
 
@@ -230,13 +235,13 @@ def _original_positions(
     return {"position_ids": position_ids, "attention_mask": real.long() if mask is None else mask}
 
 
-def _placeholder_id(model: PreTrainedModel, modality: str) -> int:
+def placeholder_id(model: PreTrainedModel, modality: str) -> int:
     return getattr(model.config, f"{modality}_token_id")
 
 
 def _pad_token_id(model: PreTrainedModel, family: Family) -> int:
     """The model's padding token; any other text token where it has none, since padding is masked."""
-    placeholders = {_placeholder_id(model, modality) for modality in family.modalities}
+    placeholders = {placeholder_id(model, modality) for modality in family.modalities}
     declared = [model.generation_config.pad_token_id, model.config.get_text_config().pad_token_id]
     usable = [token for token in (*declared, *range(len(placeholders) + 1)) if token is not None and token >= 0]
     return next(token for token in usable if token not in placeholders)

@@ -1,5 +1,6 @@
 """Encoding with a CLIP-like vision tower and a `multi_modal_projector`, shared by the LLaVA-like families."""
 
+import math
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import PreTrainedModel
 
-from lvtp.hf.family import Family
+from lvtp.hf.family import Family, Size
 from lvtp.hf.options import Options, Score
 from lvtp.importance import AttentionTap, cls_attention, received_attention
 
@@ -23,6 +24,10 @@ class TowerFamily(Family):
     def check(self, model: PreTrainedModel, options: Options) -> None:
         check_tower(model, options.tower_score)
 
+    def sizes(self, model: PreTrainedModel, modality: str, arguments: dict[str, Any], scope: str) -> list[Size]:
+        tokens = tower_tokens(model, arguments)
+        return [Size(tokens, (tokens,))] * len(arguments[self.modalities[modality]])
+
 
 class Seen(NamedTuple):
     """What went through the encoder: n crops (or tiles, or frames) of N tokens."""
@@ -31,6 +36,14 @@ class Seen(NamedTuple):
     projected: Tensor  # [n, N, D]: out of the projector
     features: Tensor  # [n, N, Dv]: into the projector
     importance: Tensor  # fp32 [n, N]
+
+
+def tower_tokens(model: PreTrainedModel, arguments: dict[str, Any]) -> int:
+    """How many tokens of a crop leave the tower."""
+    vision = model.config.vision_config
+    sizes = [[side] * 2 if isinstance(side, int) else side for side in (vision.image_size, vision.patch_size)]
+    tokens = math.prod(size // patch for size, patch in zip(*sizes, strict=True))
+    return tokens + _HAS_CLS.get(vision.model_type, False) - (_strategy(model, arguments) == "default")
 
 
 def check_tower(model: PreTrainedModel, score: Score) -> None:
@@ -60,7 +73,7 @@ def encode_with_tower(
         merge: importance of the tower's tokens [n, T] -> of the projector's, [n, N]; None where these are the same.
     """
     core = model.base_model
-    strategy = arguments.get("vision_feature_select_strategy") or core.config.vision_feature_select_strategy
+    strategy = _strategy(model, arguments)
     with ExitStack() as stack:
         projector = stack.enter_context(_recorded(core.multi_modal_projector))
         if not callable(score):
@@ -80,6 +93,10 @@ def encode_with_tower(
     # "default" drops the tower's first token, whatever it is, and keeps the others in order.
     importance = importance[:, 1:] if strategy == "default" else importance
     return Seen(outputs, projected, features, importance if merge is None else merge(importance))
+
+
+def _strategy(model: PreTrainedModel, arguments: dict[str, Any]) -> str:
+    return arguments.get("vision_feature_select_strategy") or model.config.vision_feature_select_strategy
 
 
 def _attention(tower: PreTrainedModel, layer: int) -> nn.Module:

@@ -2,6 +2,12 @@ import pytest
 
 from .members import MEMBERS
 
+CASES = [
+    pytest.param((member, variant), id="-".join([member.name, *variant.values()]))
+    for member in MEMBERS
+    for variant in member.variants
+]
+
 
 @pytest.fixture(scope="session")
 def model():
@@ -9,17 +15,19 @@ def model():
     return MEMBERS[0].model
 
 
-@pytest.fixture(params=["single", "padded", "two_and_one", "text_only_row", "ragged"])
-def rows(request):
-    """A batch that every member has."""
+@pytest.fixture(params=MEMBERS, ids=lambda member: member.name)
+def member(request):
+    """Every family."""
     return request.param
 
 
-def pytest_generate_tests(metafunc):
-    """`member`: every family; `case`: every family with every scope and newline policy it has."""
-    if "case" in metafunc.fixturenames:
-        cases = [(member, variant) for member in MEMBERS for variant in member.variants]
-        names = ["-".join([member.name, *variant.values()]) for member, variant in cases]
-        metafunc.parametrize("case", cases, ids=names)
-    if "member" in metafunc.fixturenames:
-        metafunc.parametrize("member", MEMBERS, ids=[member.name for member in MEMBERS])
+@pytest.fixture(params=CASES)
+def case(request):
+    """Every family with every scope and newline policy it has."""
+    return request.param
+
+
+@pytest.fixture(params=["single", "padded", "two_and_one", "text_only_row", "ragged"])
+def rows(request):
+    """A batch that every family has."""
+    return request.param

@@ -47,7 +47,9 @@ def test_sizes_are_known_before_anything_runs(model, scope):
     for kind in PIXELS:
         arguments = {f"{kind}_grid_thw": inputs[f"{kind}_grid_thw"]}
         wanted = list(map(len, encode(model, kind, inputs, scope=scope).features))
-        assert family.unit_sizes(model, kind, arguments, sum(wanted), scope) == wanted
+        sizes = family.sizes(model, kind, arguments, scope)
+        assert [tokens for size in sizes for tokens in size.units] == wanted
+        assert sum(size.placeholders for size in sizes) == sum(wanted)
 
 
 def test_windows_are_undone():

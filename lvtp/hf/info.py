@@ -1,0 +1,174 @@
+"""What pruning would do to a call, from the sizes of its inputs alone."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import groupby, islice
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_utils import PreTrainedModel
+
+from lvtp.budget import Budget
+from lvtp.hf.families import family_of
+from lvtp.hf.family import Family
+from lvtp.hf.options import Keep, Method, Options, Score
+from lvtp.hf.rewrite import check_count, encoder_arguments, has_pixels, placeholder_id
+from lvtp.hf.selection import count
+from lvtp.hf.sequence import real_tokens
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """One image or video of a call."""
+
+    modality: str  # "image" or "video"
+    prompt: int  # the row of the batch
+    columns: tuple[int, int]  # its first placeholder in that row and the one after its last
+    units: tuple[int, ...]  # what `keep` counts over (the whole of it, its crops or frames): tokens of each
+    keeps: tuple[int, ...] | None  # how many of each are kept; None for a dynamic budget, which depends on the content
+    placeholders: int  # its tokens in the prompt, newlines among them
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a call costs the language model before and after pruning; a pair is (before, after).
+
+    Where it depends on the images how many row separators stay (newline="rows", a dynamic budget), "after" counts as
+    many as can.
+    """
+
+    model: str
+    images: tuple[VisualTokens, ...]
+    prompt_tokens: tuple[tuple[int, int], ...]  # of every prompt, without padding
+    kv_bytes: tuple[int, int]  # key-value cache of all prompts
+    prefill_flops: tuple[int, int]  # all prompts through the decoder layers: matrix products, causal attention
+
+    @property
+    def visual_tokens(self) -> int:
+        return sum(image.placeholders for image in self.images)
+
+    def __str__(self) -> str:
+        lines = [f"{self.model}: {self.visual_tokens} visual tokens in {len(self.prompt_tokens)} prompts"]
+        for prompt, (before, after) in enumerate(self.prompt_tokens):
+            lines.append(f"  prompt {prompt}: {before} tokens -> {after}")
+            for image in self.images:
+                if image.prompt == prompt:
+                    keeps = "by content" if image.keeps is None else _runs(image.keeps)
+                    where = f"columns {image.columns[0]}..{image.columns[1] - 1}"
+                    lines.append(f"    {image.modality} at {where}: {_runs(image.units)} -> {keeps}")
+        (kv, kv_after), (flops, flops_after) = self.kv_bytes, self.prefill_flops
+        lines.append(f"  KV cache {kv / 2**20:.4g} MiB -> {kv_after / 2**20:.4g} MiB")
+        lines.append(f"  prefill {flops / 1e9:.4g} GFLOPs -> {flops_after / 1e9:.4g} GFLOPs")
+        return "\n".join(lines)
+
+
+def info(
+    model: PreTrainedModel,
+    inputs: Mapping[str, Any],
+    method: Method = "id_selection",
+    keep: Keep = 64,
+    *,
+    score: Score = "auto",
+    positions: str = "auto",
+    scope: str = "image",
+    newline: str | None = None,
+) -> Info:
+    """How many visual tokens a call has, where they stand, and what pruning would save. Runs nothing.
+
+    Args:
+        inputs: keyword arguments of the call, as for `prepare`.
+        the others: see `prune`.
+
+    Raises:
+        TypeError, ValueError: see `prune`.
+    """
+    options = Options(method, keep, score, positions, scope, newline)
+    family, call = family_of(model, options), dict(inputs)
+    real = real_tokens(call)  # [B, S]
+    before = real.sum(dim=1).tolist()
+    after = list(before)
+    images = list(_images(model, family, call, options)) if has_pixels(family, call) else []
+    for prompt in range(len(before)):
+        places = [place for place, image in enumerate(images) if image.prompt == prompt]
+        here = _with_keeps([images[place] for place in places], keep)
+        for place, image in zip(places, here, strict=True):
+            images[place] = image
+        after[prompt] -= sum(image.placeholders for image in here) - _left(here, keep, family.newline(options), scope)
+    costs = [_costs(model, lengths) for lengths in (before, after)]
+    kv_bytes, flops = zip(*costs, strict=True)
+    return Info(type(model).__name__, tuple(images), tuple(zip(before, after, strict=True)), kv_bytes, flops)
+
+
+def _images(model: PreTrainedModel, family: Family, call: dict[str, Any], options: Options) -> Iterator[VisualTokens]:
+    for modality, pixels in family.modalities.items():
+        if call.get(pixels) is None:
+            continue
+        places = (call["input_ids"] == placeholder_id(model, modality)).nonzero()  # [sum M_i, 2]
+        arguments = encoder_arguments(model, modality, call)
+        sizes = family.sizes(model, modality, arguments, options.scope)
+        check_count(modality, len(sizes), sum(size.placeholders for size in sizes), len(places))
+        for size, where in zip(sizes, places.split([size.placeholders for size in sizes]), strict=True):
+            (prompt, first), last = where[0].tolist(), int(where[-1, 1])
+            yield VisualTokens(modality, prompt, (first, last + 1), size.units, None, size.placeholders)
+
+
+def _with_keeps(images: list[VisualTokens], keep: Keep) -> list[VisualTokens]:
+    """The images of one prompt with what they keep, if it can be known."""
+    units = [tokens for image in images for tokens in image.units]
+    if not isinstance(keep, Budget):
+        keeps = iter([count(keep, tokens) for tokens in units])
+    elif not keep.dynamic and units:
+        keeps = iter(keep.share([torch.empty(tokens, 0) for tokens in units]))
+    else:
+        return images
+    return [replace(image, keeps=tuple(islice(keeps, len(image.units)))) for image in images]
+
+
+def _left(images: list[VisualTokens], keep: Keep, newline: str | None, scope: str) -> int:
+    """Placeholders left of the images of one prompt; at most, where it depends on their content."""
+    if any(image.keeps is None for image in images):
+        placeholders = sum(image.placeholders for image in images)
+        if keep.total >= sum(sum(image.units) for image in images):
+            return placeholders
+        return min(keep.total + sum(_separators(image, newline, scope, keep.total) for image in images), placeholders)
+    return sum(
+        image.placeholders
+        if image.keeps == image.units
+        else sum(image.keeps) + _separators(image, newline, scope, sum(image.keeps))
+        for image in images
+    )
+
+
+def _separators(image: VisualTokens, newline: str | None, scope: str, kept: int) -> int:
+    if newline in (None, "drop") or (scope == "crop" and len(image.units) > 1):
+        return 0
+    separators = image.placeholders - sum(image.units)
+    return separators if newline == "all" else min(separators, kept)
+
+
+def _costs(model: PreTrainedModel, lengths: list[int]) -> tuple[int, int]:
+    """Bytes of the key-value cache and FLOPs of the prefill for prompts of these lengths."""
+    config, layers = model.config.get_text_config(), model.get_decoder().layers
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    tokens, pairs = sum(lengths), sum(length * (length + 1) // 2 for length in lengths)
+    item = next(layers.parameters()).element_size()
+    kv_bytes = 2 * len(layers) * kv_heads * width * item * tokens
+    flops = 2 * _weights(layers, config) * tokens + 4 * len(layers) * heads * width * pairs
+    return kv_bytes, flops
+
+
+def _weights(layers: nn.ModuleList, config) -> int:
+    """Entries of the matrices that one token is multiplied with; of experts [n, in, out], those it is sent to."""
+    experts = getattr(config, "num_experts", None) or 1
+    active = getattr(config, "num_experts_per_tok", None) or experts
+    sizes = [(weight.dim(), weight.numel()) for weight in layers.parameters()]
+    return sum(size if dim == 2 else size * active // experts for dim, size in sizes if dim >= 2)
+
+
+def _runs(numbers: tuple[int, ...]) -> str:
+    """(5, 5, 5, 4) -> "3 x 5 + 4" """
+    runs = [(number, len(list(same))) for number, same in groupby(numbers)]
+    return " + ".join(str(number) if times == 1 else f"{times} x {number}" for number, times in runs)

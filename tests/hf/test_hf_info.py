@@ -1,0 +1,96 @@
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import lvtp.hf
+
+KEEPS = (3, 0.5, 1.0, lvtp.Budget(20), lvtp.Budget(20, dynamic=False))
+
+
+def cache_bytes(cache):
+    return sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
+
+
+@pytest.mark.parametrize("keep", KEEPS, ids=str)
+def test_it_is_what_pruning_then_does(case, keep):
+    member, variant = case
+    inputs = member.batch("ragged")
+    known = lvtp.hf.info(member.model, inputs, keep=keep, **variant)
+    with torch.no_grad(), lvtp.hf.prune(member.model, keep=keep, **variant) as pruning:
+        member.model(**inputs)
+    left = pruning.last.kept.sum(dim=1).tolist()
+    before, after = zip(*known.prompt_tokens, strict=True)
+    assert list(before) == inputs["attention_mask"].sum(dim=1).tolist()
+    if "llava_" in member.name and variant.keys() <= {"newline", "scope"} and variant.get("newline") != "all":
+        # Newlines that stay with their rows, or with an image that is kept whole: as many as can be.
+        assert all(one >= other for one, other in zip(after, left, strict=True))
+    if member.name in ("llava", "internvl") or variant == {"newline": "all"} or keep == 1.0:
+        assert list(after) == left
+    if not isinstance(keep, lvtp.Budget):
+        assert [k for image in known.images for k in image.keeps] == list(pruning.last.counts)
+    assert known.visual_tokens == int((inputs["input_ids"] >= 120).sum())
+
+
+def test_nothing_runs(case):
+    member, variant = case
+    hooks = [
+        module.register_forward_pre_hook(lambda *_: pytest.fail("ran"))
+        for module in (member.model, member.model.model.vision_tower, member.model.model.language_model)
+    ]
+    try:
+        lvtp.hf.info(member.model, member.batch("two_and_one"), keep=3, **variant)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def test_images_stand_where_it_says(case):
+    member, variant = case
+    inputs = member.batch("ragged")
+    known = lvtp.hf.info(member.model, inputs, keep=3, **variant)
+    seen = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+    for image in known.images:
+        columns = slice(*image.columns)
+        token = getattr(member.model.config, f"{image.modality}_token_id")
+        assert (inputs["input_ids"][image.prompt, columns] == token).all()
+        assert image.columns[1] - image.columns[0] == image.placeholders
+        assert not seen[image.prompt, columns].any()
+        seen[image.prompt, columns] = True
+    assert torch.equal(seen, inputs["input_ids"] >= 120)
+
+
+def test_costs_are_those_of_the_model(member):
+    known = lvtp.hf.info(member.model, member.batch("single"), keep=3)
+    config, decoder = member.model.config.get_text_config(), member.model.model.language_model
+    for length, cached, counted in zip(*known.prompt_tokens, known.kv_bytes, known.prefill_flops, strict=True):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            out = decoder(inputs_embeds=torch.randn(1, length, config.hidden_size))
+        assert cached == cache_bytes(out.past_key_values)
+        products = counter.flop_counts["Global"][torch.ops.aten.mm]
+        pairs = sum(range(1, length + 1))  # of a token and one that it sees: twice a dot product in every head
+        assert counted == products + 2 * 2 * config.num_hidden_layers * config.hidden_size * pairs
+
+
+def test_it_reads_well(member):
+    text = str(lvtp.hf.info(member.model, member.batch("two_and_one"), keep=3))
+    assert text.startswith(f"{type(member.model).__name__}: ")
+    for word in ("visual tokens in 2 prompts", "prompt 1: ", "columns ", "KV cache", "MiB", "prefill", "GFLOPs"):
+        assert word in text
+
+
+def test_calls_without_images_lose_nothing(member):
+    inputs = {name: value for name, value in member.batch("text_only_row").items() if name.endswith(("ids", "mask"))}
+    known = lvtp.hf.info(member.model, {name: value[1:] for name, value in inputs.items()}, keep=3)
+    assert known.images == ()
+    assert known.prompt_tokens == ((9, 9),)
+    assert known.kv_bytes[0] == known.kv_bytes[1]
+
+
+def test_calls_are_checked_by_name(member):
+    inputs = member.batch("two_and_one")
+    with pytest.raises(ValueError, match="attention_mask must be given for a batch of 2"):
+        lvtp.hf.info(member.model, {name: value for name, value in inputs.items() if name != "attention_mask"})
+    with pytest.raises(ValueError, match="input_ids must hold one placeholder for each"):
+        lvtp.hf.info(member.model, {**inputs, "input_ids": inputs["input_ids"].clamp(max=119)})
+    with pytest.raises(ValueError, match="keep must be"):
+        lvtp.hf.info(member.model, inputs, keep=0)
