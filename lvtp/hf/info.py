@@ -141,7 +141,7 @@ def _left(images: list[VisualTokens], keep: Keep, newline: str | None, scope: st
 
 
 def _separators(image: VisualTokens, newline: str | None, scope: str, kept: int) -> int:
-    if newline in (None, "drop") or (scope == "crop" and len(image.units) > 1):
+    if newline in (None, "drop") or (scope == "crop" and image.modality == "image"):
         return 0
     separators = image.placeholders - sum(image.units)
     return separators if newline == "all" else min(separators, kept)
