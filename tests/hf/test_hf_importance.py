@@ -132,7 +132,7 @@ def test_attention_equals_the_whole_map_in_float64(tokens):
 def test_very_many_tokens_take_smaller_blocks(limit, monkeypatch):
     query, key = torch.randn(2, 2, 3, 700, 8, generator=torch.Generator().manual_seed(0))
     wanted = received_attention(query, key)
-    monkeypatch.setattr("lvtp.importance.MAX_LOGITS", limit)
+    monkeypatch.setattr("lvtp.importance.MAX_LOGITS_CPU", limit)
     sizes = []
     rows = importance_module._attention_rows
     monkeypatch.setattr("lvtp.importance._attention_rows", lambda *a: sizes.append(rows(*a)) or sizes[-1])
