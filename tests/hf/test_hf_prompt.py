@@ -8,7 +8,7 @@ import torch
 import lvtp.hf
 from lvtp.hf.families import family_of
 from lvtp.hf.options import Options
-from lvtp.hf.rewrite import _encoder_arguments
+from lvtp.hf.rewrite import encoder_arguments
 from lvtp.importance import prompt_attention
 
 from . import tiny_qwen
@@ -46,7 +46,7 @@ def units(model, inputs, rows):
     for kind, pixels in family.modalities.items():
         if pixels not in inputs:
             continue
-        encoded = family.encode(model, kind, _encoder_arguments(model, kind, inputs), lambda features: features[..., 0])
+        encoded = family.encode(model, kind, encoder_arguments(model, kind, inputs), lambda features: features[..., 0])
         scores = rows[inputs["input_ids"] == getattr(model.config, f"{kind}_token_id")]
         if encoded.layouts is not None:  # separators are not scored
             scores = scores[~torch.cat([layout.newline for layout in encoded.layouts])]

@@ -117,6 +117,23 @@ def test_a_request_has_a_budget_over_its_images_and_frames(model):
     assert torch.equal(prompt, inputs["input_ids"])
 
 
+@pytest.mark.parametrize("scope", ["image", "frame"])
+@pytest.mark.parametrize("keep", [4, 0.5, 1.0, lvtp.Budget(16)], ids=str)
+def test_info_is_what_pruning_then_does(model, scope, keep):
+    inputs = batch(model, *BATCHES["mixed"])
+    known = lvtp.hf.info(model, inputs, keep=keep, scope=scope)
+    with torch.no_grad(), lvtp.hf.prune(model, keep=keep, scope=scope) as pruning:
+        cache = model(**inputs, use_cache=True).past_key_values
+    before, after = zip(*known.prompt_tokens, strict=True)
+    assert list(before) == inputs["attention_mask"].sum(1).tolist()
+    assert list(after) == pruning.last.kept.sum(1).tolist()
+    if not isinstance(keep, lvtp.Budget):
+        assert [count for image in known.images for count in image.keeps] == list(pruning.last.counts)
+    assert known.visual_tokens == int((inputs["mm_token_type_ids"] > 0).sum())
+    token = sum(tensor[0, :, :1].nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
+    assert known.kv_bytes == (sum(before) * token, sum(after) * token)
+
+
 def test_deepstack_drops_with_the_tokens():
     model = shared("qwen3")
     inputs = batch(model, *BATCHES["mixed"])
