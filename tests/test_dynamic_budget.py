@@ -121,3 +121,49 @@ def test_empty_batch(backend, device):
     budget = lvtp.dynamic_budget(torch.empty(0, 5, 8, device=device), 0)
     assert budget.shape == (0,)
     assert budget.dtype == torch.int64
+
+
+# ---------------------------------------------------------------------------------------------- lvtp.Budget, its shares
+
+
+@pytest.mark.parametrize("total", [5, 33, 100, 499, 500])
+def test_a_budget_of_equal_images_is_the_operator(total):
+    x = images(5, 100)
+    assert lvtp.Budget(total).share(list(x)) == lvtp.dynamic_budget(x, total).tolist()
+
+
+@pytest.mark.parametrize("total", [3, 40, 90, 150])
+def test_a_budget_of_images_of_several_sizes(total):
+    """Proportional to phi, whatever the sizes; what a full one cannot take goes to the others."""
+    x = [images(3, 100)[i, :tokens] for i, tokens in enumerate((100, 40, 15))]
+    given = lvtp.Budget(total).share(x)
+    assert sum(given) == total
+    phi = [1 - lvtp.mean_similarity(image[None]).item() for image in x]
+    open_ = [i for i in range(3) if 1 < given[i] < len(x[i])]
+    scale = [given[i] / phi[i] for i in open_]
+    for i, one in zip(open_, scale, strict=True):
+        assert all(abs(phi[i] * (one - other)) <= 2 for other in scale)
+    assert all(1 <= tokens <= len(image) for tokens, image in zip(given, x, strict=True))
+    assert lvtp.Budget(1000).share(x) == [100, 40, 15]
+
+
+def test_a_static_budget_looks_at_no_features():
+    x = [torch.full((tokens, 0), float("nan")) for tokens in (100, 4, 50)]
+    assert lvtp.Budget(30, dynamic=False).share(x) == [13, 4, 13]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"total": 0}, "total must be an int of at least 1, got 0"),
+        ({"total": 2.5}, "got 2.5"),
+        ({"total": True}, "got True"),
+        ({"total": 3, "dynamic": "yes"}, "dynamic must be True or False, got 'yes'"),
+    ],
+    ids=str,
+)
+def test_budgets_are_checked(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        lvtp.Budget(**arguments)
+    with pytest.raises(ValueError, match="total must be at least 1 for each of the 3 images"):
+        lvtp.Budget(2).share(list(images(3, 10)))

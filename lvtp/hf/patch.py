@@ -120,8 +120,11 @@ def prune(
 
     Args:
         model: one of `lvtp.hf.supported()`.
-        method: "id_selection" or "prune_sid".
-        keep: visual tokens kept of each image, an int of at least 1, or their share, a float in (0, 1].
+        method: "id_selection", "prune_sid", or a selector of your own, called with features [n, N, D], importance
+            fp32 [n, N] and k < N, which returns the indices of k different tokens of each, an integer tensor [n, k] in
+            any order. It chooses; it cannot merge: one that returns features raises TypeError.
+        keep: visual tokens kept of each image, an int of at least 1; or their share, a float in (0, 1]; or an
+            `lvtp.Budget`, a total for all images of a prompt. Row separators are not counted.
         score: importance that the selector starts from: "cls", attention of the CLS token; "received", mean attention
             received; "auto", the first where the tower has a CLS token that the language model does not read, else the
             second; "prompt", attention that the last token of the prompt pays to the visual tokens in the second layer
@@ -131,8 +134,12 @@ def prune(
             `method=lambda features, scores, k: lvtp.prune_sid(features, None, k)`.
         positions: "compact" numbers the kept tokens through, "original" keeps their numbers in the unpruned prompt;
             "auto" is the family's own choice: original where positions have three axes (Qwen-VL), else compact.
-        scope: what `keep` counts over: "image", an image or a whole video; "frame", each frame of a video.
-        newline: policy for row-separator tokens; None is the family's own. LLaVA-1.5 has none.
+        scope: what `keep` counts over: "image", an image or a whole video; "frame", each frame of a video; "crop", each
+            crop of an image, without unpadding and newlines, as the papers prune LLaVA-NeXT. What has no frames or
+            crops counts as a whole. A tile of InternVL is an image, a crop and a frame.
+        newline: which tokens that separate the rows of a grid of crops stay, where a family has them: "rows", those of
+            rows with a token left (None means this one); "drop", none; "all". An image that keeps every token keeps
+            them all.
         restore_prompt: `generate` returns the original prompt before the new tokens, and `max_length` counts it. To go
             on from a cache that `generate` filled, turn it off: the cache holds the pruned prompt.
 
@@ -140,7 +147,7 @@ def prune(
         A `Pruning`; its `last` says what the latest call kept.
 
     Raises:
-        TypeError: `model` is of an unsupported class.
+        TypeError: `model` is of an unsupported class, or `method` returned something else than indices.
         ValueError: an argument here, or of a call inside, that pruning cannot serve; the message names it.
         RuntimeError: from the selector.
     """
