@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 # Rows of attention held at once, or as many as make up MAX_LOGITS over all heads: of 16k tokens, 256 MB. On a CPU they
-# should stay in its cache: 8 MB take 200 ms for 16 heads of 2304 tokens on one core of a Xeon, 256 MB take 500 ms.
+# should stay in its cache: 16 heads of 2304 tokens take 200 ms with 8 MB and 500 ms with 256 MB (one core of a shared
+# Xeon, November 2026).
 QUERY_BLOCK = 512
 MAX_LOGITS = 2**26
 MAX_LOGITS_CPU = 2**21
