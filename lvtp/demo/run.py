@@ -86,8 +86,9 @@ def _subject(checkpoint: str | None, image: Image.Image) -> model.Subject:
 
 def tower_tokens(subject: model.Subject) -> tuple[Tensor, Tensor]:
     """What the selectors see in the model: features [1, 576, Dv], and CLS attention, fp32 [1, 576]."""
-    _, features, importance = encode_with_tower(subject.model, {"pixel_values": subject.inputs["pixel_values"]}, "auto")
-    return features, importance
+    pixels = {"pixel_values": subject.inputs["pixel_values"]}
+    seen = encode_with_tower(subject.model, "image", pixels, "auto")
+    return seen.features, seen.importance
 
 
 def select(features: Tensor, importance: Tensor) -> Picks:
