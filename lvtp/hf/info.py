@@ -12,6 +12,7 @@ from transformers.modeling_utils import PreTrainedModel
 from lvtp.budget import Budget
 from lvtp.hf.families import family_of
 from lvtp.hf.family import Family
+from lvtp.hf.layout import check_room
 from lvtp.hf.options import Keep, Method, Options, Score
 from lvtp.hf.rewrite import check_count, encoder_arguments, has_pixels, placeholder_id
 from lvtp.hf.selection import count
@@ -132,12 +133,14 @@ def _left(images: list[VisualTokens], keep: Keep, newline: str | None, scope: st
         if keep.total >= sum(sum(image.units) for image in images):
             return placeholders
         return min(keep.total + sum(_separators(image, newline, scope, keep.total) for image in images), placeholders)
-    return sum(
-        image.placeholders
-        if image.keeps == image.units
-        else sum(image.keeps) + _separators(image, newline, scope, sum(image.keeps))
-        for image in images
-    )
+    left = 0
+    for image in images:
+        kept = image.placeholders
+        if image.keeps != image.units:
+            kept = sum(image.keeps) + _separators(image, newline, scope, sum(image.keeps))
+            check_room(kept, image.placeholders)
+        left += kept
+    return left
 
 
 def _separators(image: VisualTokens, newline: str | None, scope: str, kept: int) -> int:

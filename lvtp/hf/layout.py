@@ -6,6 +6,15 @@ import torch
 from torch import Tensor
 
 
+def check_room(count: int, room: int) -> None:
+    """Raises unless `count` tokens of crops fit into the placeholders of their image."""
+    if count > room:
+        raise ValueError(
+            f"keep must leave at most the {room} tokens that an image has in the prompt after unpadding, got {count} "
+            "over all its crops; scope='image' counts after unpadding"
+        )
+
+
 @dataclass(frozen=True)
 class Layout:
     """An image or video whose M placeholders are not just the tokens of one unit.
@@ -30,11 +39,7 @@ class Layout:
             return torch.ones_like(self.newline)
         if self.crops is not None:
             count, room = int(chosen.sum()), len(self.newline)
-            if count > room:
-                raise ValueError(
-                    f"keep must leave at most the {room} tokens that an image has in the prompt after unpadding, got "
-                    f"{count} over all its crops; scope='image' counts after unpadding"
-                )
+            check_room(count, room)
             return torch.arange(room) < count
         kept = torch.zeros_like(self.newline)
         kept[~self.newline] = chosen

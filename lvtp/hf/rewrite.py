@@ -23,7 +23,8 @@ class Pruned:
     """What one call kept."""
 
     kept: Tensor  # bool [B, S]: the tokens of the original prompt that the language model read
-    indices: tuple[Tensor, ...]  # image i: int64 [K_i], the visual tokens kept, ascending
+    # Image (crop, frame: see `scope`) i: int64 [K_i], which of its tokens were kept, ascending; images before videos.
+    indices: tuple[Tensor, ...]
     counts: tuple[int, ...]  # K_i
     next_position: Tensor  # int64 [B]: the position of the token after the prompt
     scope: str

@@ -62,8 +62,9 @@ def test_crops_keep_tokens_that_unpadding_drops(member):
 def test_more_tokens_of_crops_than_the_image_has_places_raise(member):
     inputs = shaped(member, "tall")  # 3 crops of 16 tokens, 40 placeholders
     assert lvtp.hf.prepare(member.model, inputs, keep=13, scope="crop")["input_ids"].shape[1] == 5 + 39
-    with pytest.raises(ValueError, match=r"keep must leave at most the 40 tokens .* got 42 over all its crops"):
-        lvtp.hf.prepare(member.model, inputs, keep=14, scope="crop")
+    for call in (lvtp.hf.prepare, lvtp.hf.info):
+        with pytest.raises(ValueError, match=r"keep must leave at most the 40 tokens .* got 42 over all its crops"):
+            call(member.model, inputs, keep=14, scope="crop")
     assert torch.equal(
         lvtp.hf.prepare(member.model, inputs, keep=16, scope="crop")["input_ids"], inputs["input_ids"]
     )  # fmt: skip
