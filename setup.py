@@ -79,7 +79,8 @@ class CMakeBuild(build_ext):
             subprocess.run([str(word) for word in command], check=True)
 
     def get_outputs(self):
-        return [str(path) for path in getattr(self, "destination", ROOT / "lvtp" / "lib").glob("*")]
+        built = getattr(self, "destination", ROOT / "lvtp" / "lib").rglob("*")
+        return [str(path) for path in built if path.is_file()]
 
     def get_output_mapping(self):
         return {}  # the editable build writes straight into the source tree

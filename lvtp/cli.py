@@ -19,6 +19,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lvtp", description="Fast, exact visual-token selectors.")
+    parser.add_argument(
+        "--cmake-path",
+        action="version",  # prints and exits
+        version=str(Path(__file__).parent / "lib" / "cmake"),
+        help="print where CMake finds lvtp, for CMAKE_PREFIX_PATH",
+    )
     commands = parser.add_subparsers(title="commands", required=True)
 
     demo = commands.add_parser("demo", help="prune the visual tokens of a photograph, draw what is kept, time it")
@@ -74,7 +80,3 @@ def _print_tree(tree: dict, indent: str = "") -> None:
 def _fail(message: str) -> int:
     print(f"lvtp: {message}", file=sys.stderr)
     return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())

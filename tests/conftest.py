@@ -1,6 +1,10 @@
 """What the tests share: one `backend` and one `device` parametrisation for all of them, and features to select from."""
 
 import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -89,6 +93,19 @@ def backend(request, device):
 @pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def dtype(request):
     return request.param
+
+
+@pytest.fixture(scope="session")
+def cpp_example(tmp_path_factory):
+    """examples/cpp, built as its users build it."""
+    if not (shutil.which("c++") or os.environ.get("CXX")):
+        pytest.skip("no C++ compiler")
+    build, source = tmp_path_factory.mktemp("cpp"), Path(__file__).parents[1] / "examples" / "cpp"
+    where = subprocess.check_output([sys.executable, "-m", "lvtp", "--cmake-path"], text=True).strip()
+    prefixes = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path};{where}"
+    subprocess.run(["cmake", "-S", source, "-B", build, "-G", "Ninja", prefixes], check=True)
+    subprocess.run(["cmake", "--build", build], check=True)
+    return build / "select_tokens"
 
 
 # ---------------------------------------------------------------------------------------------------------- inputs

@@ -136,6 +136,17 @@ assert "lvtp" not in sys.modules
     subprocess.run([sys.executable, "-c", script, library, tmp_path / "data.pt", package], check=True, cwd=tmp_path)
 
 
+def test_a_cpp_program_selects_through_the_dispatcher_without_python(cpp_example, tmp_path):
+    features, importance = inputs(3, 24)
+    torch.save((features, importance), tmp_path / "in.pt")
+    subprocess.run([cpp_example, tmp_path / "in.pt", tmp_path / "out.pt", "5"], check=True, env={})
+    ids, sid = torch.load(tmp_path / "out.pt")
+    assert torch.equal(ids, lvtp.id_selection(features, importance, 5))
+    assert torch.equal(sid, lvtp.prune_sid(features, importance, 5))
+    failed = subprocess.run([cpp_example, tmp_path / "in.pt", "out.pt", "25"], capture_output=True, text=True)
+    assert "id_selection: k must be in [1, 24], got 25" in failed.stderr
+
+
 def test_indices_carry_no_gradient_and_gathering_with_them_does():
     features, importance = inputs(2, 24)
     features.requires_grad_()
