@@ -118,22 +118,51 @@ def test_export_with_a_dynamic_batch():
         assert torch.equal(got, want)
 
 
-def test_aot_inductor_package_runs_in_a_new_process(tmp_path):
+class PrunedTower(torch.nn.Module):
+    """A vision tower of one layer, both selectors by the attention of its CLS token, and a projector."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = torch.nn.Conv2d(3, D, kernel_size=4, stride=4)
+        self.cls = torch.nn.Parameter(torch.randn(1, 1, D))
+        self.attention = torch.nn.MultiheadAttention(D, 2, batch_first=True)
+        self.projector = torch.nn.Linear(D, 8)
+
+    def forward(self, pixels):  # [B, 3, H, W]
+        x = self.patches(pixels).flatten(2).transpose(1, 2)
+        x = torch.cat((self.cls.expand(x.shape[0], -1, -1), x), 1)
+        x, attention = self.attention(x, x, x)
+        features, importance = x[:, 1:], attention[:, 0, 1:]
+        ids = lvtp.id_selection(features, importance, 5)
+        sid = lvtp.prune_sid(features, importance, 12, reserved=1)
+        kept = features.gather(1, ids[..., None].expand(-1, -1, D))
+        return ids, sid, self.projector(kept)
+
+
+@torch.no_grad()
+def test_an_exported_tower_runs_from_python_and_cpp_without_lvtps_python_code(cpp_example, tmp_path):
+    torch.manual_seed(0)
+    tower, pixels = PrunedTower().eval(), torch.randn(5, 3, 16, 24)
     batch = torch.export.Dim("batch", min=1, max=64)
-    program = torch.export.export(Selectors(), inputs(2, 24), dynamic_shapes=({0: batch}, {0: batch}))
-    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "selectors.pt2"))
-    features, importance = inputs(5, 24)
-    torch.save((features, importance, *Selectors()(features, importance)), tmp_path / "data.pt")
+    torch.export.save(
+        torch.export.export(tower, (pixels[:2],), dynamic_shapes=({0: batch},)), tmp_path / "exported.pt2"
+    )
+    program = torch.export.load(tmp_path / "exported.pt2")
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "compiled.pt2"))
+    torch.save((pixels,), tmp_path / "in.pt")
     script = """
 import sys, torch
 torch.ops.load_library(sys.argv[1])
-features, importance, *want = torch.load(sys.argv[2])
-got = torch._inductor.aoti_load_package(sys.argv[3])(features, importance)
-assert all(torch.equal(g, w) for g, w in zip(got, want)), (got, want)
+torch.save(torch._inductor.aoti_load_package(sys.argv[4])(*torch.load(sys.argv[2])), sys.argv[3])
 assert "lvtp" not in sys.modules
 """
     library = next(lvtp.ops._LIBRARIES.glob("liblvtp.*"))
-    subprocess.run([sys.executable, "-c", script, library, tmp_path / "data.pt", package], check=True, cwd=tmp_path)
+    for caller in ((sys.executable, "-c", script, library), (cpp_example,)):
+        subprocess.run([*caller, tmp_path / "in.pt", tmp_path / "out.pt", package], check=True, cwd=tmp_path)
+        got, want = torch.load(tmp_path / "out.pt"), tower(pixels)
+        assert torch.equal(got[0], want[0])
+        assert torch.equal(got[1], want[1])
+        torch.testing.assert_close(got[2], want[2])
 
 
 def test_a_cpp_program_selects_through_the_dispatcher_without_python(cpp_example, tmp_path):

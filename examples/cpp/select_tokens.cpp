@@ -54,7 +54,7 @@ int main(int argc, char** argv) try {
   } else {
     out = select(in, std::stoll(what));
   }
-  const auto bytes = torch::jit::pickle_save(at::IValue(out));
+  const auto bytes = torch::jit::pickle_save(c10::ivalue::Tuple::create({out.begin(), out.end()}));
   std::ofstream(argv[2], std::ios::binary).write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
   return 0;
 } catch (const std::exception& error) {
