@@ -4,7 +4,9 @@
     with lvtp.hf.prune(model, keep=64):                          # any LLaVA of transformers
         model.generate(**inputs)
 
-`lvtp.reference` holds the same functions in plain PyTorch, `torch.ops.lvtp` the operators themselves.
+Arrays of other libraries (anything with `__dlpack__`: NumPy, CuPy, JAX) are taken without a copy, and the first
+argument's library is the one that answers. `lvtp.reference` holds the same functions in plain PyTorch for tensors,
+`torch.ops.lvtp` the operators themselves.
 """
 
 import importlib

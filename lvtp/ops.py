@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lvtp import checks, chips, reference, triton_kernels
+from lvtp import checks, chips, dlpack, reference, triton_kernels
 
 BACKENDS = ("auto", "native", "triton", "reference")
 TORCH_FLOOR = "2.10"
@@ -141,6 +141,8 @@ def use_backend(backend: str) -> Iterator[None]:
 
 def call(name: str, *args, overload: str = "default"):
     """Run operator `name` on the backend in force."""
+    if not isinstance(args[0], Tensor):
+        return dlpack.in_kind(call, name, args, overload)
     backend = _backend_in_force()
     if backend == "reference":
         return getattr(reference, name)(*args)
@@ -394,7 +396,7 @@ def cluster_nms(
     Raises:
         RuntimeError: an argument of another rank, shape, dtype or device; on the CPU also a label below 0.
     """
-    if isinstance(threshold, Tensor):
+    if isinstance(threshold, Tensor) or getattr(threshold, "ndim", 0):
         return call("cluster_nms", scores, labels, similarity, threshold, mask, overload="per_image")
     return call("cluster_nms", scores, labels, similarity, float(threshold), mask)
 
