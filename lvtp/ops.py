@@ -6,6 +6,7 @@ the package (`lvtp.id_selection`, ...) call those, unless `use_backend` asks for
 
 import contextlib
 import functools
+import importlib
 import json
 import os
 import platform
@@ -141,8 +142,11 @@ def use_backend(backend: str) -> Iterator[None]:
 
 def call(name: str, *args, overload: str = "default"):
     """Run operator `name` on the backend in force."""
-    if not isinstance(args[0], Tensor):
-        return dlpack.in_kind(call, name, args, overload)
+    if type(args[0]) is not Tensor:
+        if not isinstance(args[0], Tensor):
+            return dlpack.in_kind(call, name, args, overload)
+        if type(args[0]).__module__ == "torch.distributed.tensor":
+            importlib.import_module("lvtp.distributed")
     backend = _backend_in_force()
     if backend == "reference":
         return getattr(reference, name)(*args)
