@@ -1,12 +1,14 @@
 """lvtp called by others: arrays of other libraries, many threads at once."""
 
 import sys
+import threading
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
-from test_torch import OPERATORS, example, inputs
+from test_torch import OPERATORS, example, inputs, operator
 
 import lvtp
 
@@ -80,3 +82,37 @@ def test_what_is_no_array_is_refused_by_name():
         lvtp.id_selection(features.numpy(), importance.tolist(), 5)
     with pytest.raises(RuntimeError, match=r"id_selection: features must be float32, .* got float64"):
         lvtp.id_selection(features.double().numpy(), importance, 5)
+
+
+def test_many_threads_at_once_get_what_one_gets():
+    calls = [(name, example(name, b=b, n=n)) for name in OPERATORS for b, n in ((1, 24), (3, 40), (2, 600))]
+    want = [operator(name)(*args) for name, args in calls]
+    with ThreadPoolExecutor(8) as threads:
+        for got in [[threads.submit(operator(name), *args) for name, args in calls] for _ in range(4)]:
+            torch.testing.assert_close([g.result() for g in got], want, rtol=0, atol=0)
+
+
+def test_the_gil_is_released_while_an_operator_runs():
+    features = torch.randn(1, 1152, 1152, generator=torch.Generator().manual_seed(0))
+    started, done = threading.Event(), []
+
+    def run():
+        started.set()
+        lvtp.psca(features, 96)  # a good part of a second
+        done.append(True)
+
+    def this_thread_runs_meanwhile():
+        started.clear(), done.clear()
+        other = threading.Thread(target=run)
+        other.start()
+        started.wait()
+        meanwhile = not done
+        other.join()
+        return meanwhile
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000)  # only who waits, or releases the GIL, lets another thread run
+    try:
+        assert any(this_thread_runs_meanwhile() for _ in range(3))
+    finally:
+        sys.setswitchinterval(interval)
