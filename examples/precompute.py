@@ -1,0 +1,159 @@
+"""K visual tokens of every image in a folder, through a CLIP-like vision tower, on any number of processes.
+
+    torchrun --nproc-per-node 8 examples/precompute.py --model openai/clip-vit-large-patch14-336 --keep 64 photos out
+
+OUT receives shard-00000.safetensors, ... ("tokens" [M, K, D], as they leave the second to last layer, and "indices"
+[M, K]) and, once all are there, manifest.json: the shards, the images in each, and those skipped, with the reason. The
+shards do not depend on the number of processes, and each appears under its name only when it is whole: after a kill, at
+whatever moment, the same command goes on where it was.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+from transformers import AutoImageProcessor, AutoModel
+
+import lvtp
+from lvtp.importance import AttentionTap, cls_attention, received_attention
+
+SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+LAYER = -2  # as LLaVA reads its tower
+
+
+class Images(Dataset):
+    def __init__(self, folder: Path, names: list[str], processor):
+        self.folder, self.names, self.processor = folder, names, processor
+
+    def __getitem__(self, i: int):
+        """(name, pixels [3, H, W], "") or (name, None, why)."""
+        try:
+            with Image.open(self.folder / self.names[i]) as image:
+                pixels = self.processor(image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+        except Exception as error:  # a broken file makes PIL raise anything
+            return self.names[i], None, f"{type(error).__name__}: {error}".replace(str(self.folder) + os.sep, "")
+        return self.names[i], pixels, ""
+
+
+@torch.inference_mode()
+def keep_tokens(tower, pixels, args) -> tuple[torch.Tensor, torch.Tensor]:
+    """pixels [B, 3, H, W] -> tokens [B, K, D], indices int64 [B, K]."""
+    attention = tower.encoder.layers[LAYER].self_attn
+    with AttentionTap(attention, attention.num_heads) as tap:
+        features = tower(pixels, output_hidden_states=True).hidden_states[LAYER]
+    if hasattr(tower.embeddings, "class_embedding"):  # CLIP: the attention of CLS, which is no patch
+        importance, features = cls_attention(tap.query, tap.key)[:, 1:], features[:, 1:]
+    else:  # SigLIP
+        importance = received_attention(tap.query, tap.key)
+    indices = getattr(lvtp, args.method)(features, importance, args.keep)
+    return features.gather(1, indices[..., None].expand(-1, -1, features.shape[-1])), indices
+
+
+def write(file: Path, content: bytes) -> None:
+    """Under another name first, always the same one: a file of the right name is complete, and nothing is left over."""
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_bytes(content)
+    temporary.replace(file)
+
+
+def described(file: Path) -> dict:
+    with safe_open(file, "pt") as shard:
+        return json.loads(shard.metadata()["lvtp"])
+
+
+def missing(shards: dict[Path, dict]) -> list[Path]:
+    """The shards still to be made. Exits where one is there that is of other images or other settings."""
+    for file, description in shards.items():
+        there = described(file) if file.exists() else {}
+        if there and {**description, "skipped": there["skipped"]} != there:
+            sys.exit(f"{file} was made from other images or with other settings: choose another folder")
+    return [file for file in shards if not file.exists()]
+
+
+def run(args, rank: int, ranks: int) -> None:
+    names = sorted(str(p.relative_to(args.images)) for p in args.images.rglob("*") if p.suffix.lower() in SUFFIXES)
+    if not names:
+        sys.exit(f"{args.images} has no image in it ({', '.join(sorted(SUFFIXES))})")
+    settings = {"model": args.model, "method": args.method, "keep": args.keep, "batch": args.batch}
+    shards = {
+        args.out / f"shard-{start // args.shard:05}.safetensors": {**settings, "images": names[start:][: args.shard]}
+        for start in range(0, len(names), args.shard)
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    todo = [missing(shards) if rank == 0 else None]  # one rank looks, before any writes
+    if ranks > 1:
+        dist.broadcast_object_list(todo, src=0)
+    mine = todo[0][rank::ranks]
+
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else "cpu"
+    model = AutoModel.from_pretrained(args.model).eval()
+    tower = getattr(model, "vision_model", model).to(device)
+    images = Images(args.images, names, AutoImageProcessor.from_pretrained(args.model, backend="pil"))
+    place = {name: i for i, name in enumerate(names)}
+    batches = [
+        [place[name] for name in shards[file]["images"][start : start + args.batch]]
+        for file in mine
+        for start in range(0, len(shards[file]["images"]), args.batch)
+    ]
+    loaded = iter(DataLoader(images, batch_sampler=batches, collate_fn=list, num_workers=args.workers))
+    with tqdm(total=sum(map(len, batches)), unit="image", disable=rank != 0) as bar:
+        for file in mine:
+            seen, tokens, indices, skipped = 0, [], [], {}
+            while seen < len(shards[file]["images"]):
+                batch = next(loaded)
+                pixels = [image for _, image, _ in batch if image is not None]
+                if pixels:
+                    kept, places = keep_tokens(tower, torch.stack(pixels).to(device), args)
+                    tokens.append(kept.cpu()), indices.append(places.cpu())
+                for name, image, why in batch:
+                    if image is None:
+                        skipped[name] = why
+                        bar.write(f"skipped {name}: {why}", file=sys.stderr)
+                seen += len(batch)
+                bar.update(len(batch))
+            content = {"tokens": torch.cat(tokens), "indices": torch.cat(indices)} if tokens else {}
+            metadata = {"lvtp": json.dumps({**shards[file], "skipped": skipped})}
+            write(file, save(content, metadata))  # save_file leaves a temporary file of its own behind when killed
+
+    if ranks > 1:
+        dist.barrier()
+    if rank == 0:
+        found = {file.name: described(file) for file in shards}
+        skipped = {name: why for shard in found.values() for name, why in shard["skipped"].items()}
+        kept = {file: [name for name in shard["images"] if name not in skipped] for file, shard in found.items()}
+        text = json.dumps({**settings, "shards": kept, "skipped": skipped}, indent=1)
+        write(args.out / "manifest.json", text.encode())
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("images", type=Path, help="a folder; subfolders count")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--model", required=True, help="a CLIP or SigLIP checkpoint with its image processor")
+    parser.add_argument("--keep", type=int, required=True, help="tokens an image")
+    parser.add_argument("--method", choices=("id_selection", "prune_sid"), default="id_selection")
+    parser.add_argument("--batch", type=int, default=32, help="images at once")
+    parser.add_argument("--shard", type=int, default=1024, help="images a shard")
+    parser.add_argument("--workers", type=int, default=4, help="processes that read images, for each rank")
+    args = parser.parse_args(argv)
+    with contextlib.ExitStack() as stack:
+        rank, ranks = 0, 1
+        if "RANK" in os.environ:  # under torchrun
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            stack.callback(dist.destroy_process_group)
+            rank, ranks = dist.get_rank(), dist.get_world_size()
+        run(args, rank, ranks)
+
+
+if __name__ == "__main__":
+    main()
