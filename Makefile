@@ -56,7 +56,7 @@ $(VENV)/bin/python:
 
 # Build requirements come first, then the package without isolation, so that a rebuild compiles only what changed.
 $(VENV)/built: $(VENV)/bin/python pyproject.toml setup.py CMakeLists.txt $(CPP)
-	$(BIN)/pip install --quiet "$(TORCH)" "setuptools>=77" wheel "cmake>=3.25" ninja
+	$(BIN)/pip install --quiet "$(TORCH)" "setuptools>=77" wheel "cmake>=3.25" ninja jaxlib
 	$(BIN)/pip install --quiet --no-build-isolation -e ".[test]"
 	touch $@
 

@@ -39,6 +39,15 @@ def find_torch() -> Path | None:
     return None
 
 
+def find_xla() -> Path | None:
+    """The headers of XLA's custom calls in jaxlib, the build's own or that of the environment installed into."""
+    spec = importlib.util.find_spec("jaxlib")
+    candidates = list(spec.submodule_search_locations or []) if spec else []
+    candidates += [os.path.join(sysconfig.get_path(name), "jaxlib") for name in ("platlib", "purelib")]
+    folders = (Path(folder) / "include" for folder in candidates)
+    return next((folder for folder in folders if (folder / "xla" / "ffi" / "api" / "ffi.h").exists()), None)
+
+
 def max_jobs() -> int:
     """MAX_JOBS, else one job a core, but no more than fit in memory: nvcc takes up to 2 GiB a job."""
     if "MAX_JOBS" in os.environ:
@@ -68,6 +77,7 @@ class CMakeBuild(build_ext):
         build = Path(self.build_temp).resolve() / "cmake"
         configure = ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", f"-DLVTP_TORCH={torch}"]
         configure.append(f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}")  # an isolated build's moves at every build
+        configure.append(f"-DLVTP_XLA={find_xla() or ''}")
         if os.environ.get("TORCH_CUDA_ARCH_LIST"):
             configure.append(f"-DCMAKE_CUDA_ARCHITECTURES={cmake_architectures(os.environ['TORCH_CUDA_ARCH_LIST'])}")
         configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))

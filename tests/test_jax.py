@@ -1,0 +1,124 @@
+"""lvtp.jax: outside jit by DLPack, inside jit and vmap by XLA's custom calls or by a callback."""
+
+import subprocess
+import sys
+
+import pytest
+
+jax = pytest.importorskip("jax")
+
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from test_torch import DTYPES, example  # noqa: E402
+
+import lvtp  # noqa: E402
+import lvtp.jax  # noqa: E402
+
+BUILT = (lvtp.ops._LIBRARIES / f"liblvtp_jax{lvtp.ops._SUFFIX}").exists()
+
+
+@pytest.fixture(params=["callback", pytest.param("xla", marks=pytest.mark.skipif(not BUILT, reason="not built"))])
+def calls(request, monkeypatch):
+    if request.param == "xla":
+        assert lvtp.jax.calls() == "xla"
+    else:
+        monkeypatch.setattr(lvtp.jax, "calls", lambda: "callback")
+
+
+def to_jax(value):
+    return jnp.from_dlpack(value) if isinstance(value, torch.Tensor) else value
+
+
+def cases(dtype=torch.float32, b=3):
+    features, importance, k, _, mask = example("id_selection", dtype, b=b)
+    labels = example("prune_sid", b=b)[5]
+    return [
+        ("id_selection", (features, importance, k)),
+        ("id_selection", (features, importance.double().half(), k, 5.0, mask)),
+        ("prune_sid", (features, importance, 12, 1)),
+        ("prune_sid", (features, None, 12, 0, "token", None, mask)),
+        ("prune_sid", (features, importance, 12, 0, "feature", labels.int(), None)),
+    ]
+
+
+def want(name, args):
+    labels = args[5].long() if name == "prune_sid" and len(args) > 5 and args[5] is not None else None
+    args = args if labels is None else (*args[:5], labels, *args[6:])
+    return getattr(lvtp, name)(*args).int().numpy()
+
+
+def jitted(name, args):
+    """The function under jit, of its arrays alone."""
+    places = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor)]
+
+    def function(*arrays):
+        given = dict(zip(places, arrays, strict=True))
+        return getattr(lvtp.jax, name)(*(given.get(i, a) for i, a in enumerate(args)))
+
+    return jax.jit(function), [to_jax(args[i]) for i in places]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_outside_jit(dtype):
+    for name, args in cases(dtype):
+        got = getattr(lvtp.jax, name)(*map(to_jax, args))
+        assert isinstance(got, jax.Array)
+        assert got.dtype == jnp.int32
+        assert np.array_equal(got, want(name, args))
+
+
+def test_the_packages_own_functions_take_jax_arrays():
+    features, importance, k, *_ = example("id_selection")
+    got = lvtp.id_selection(to_jax(features), to_jax(importance), k)
+    assert isinstance(got, jax.Array)
+    assert np.array_equal(got, lvtp.id_selection(features, importance, k))
+
+
+@pytest.mark.usefixtures("calls")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_inside_jit(dtype):
+    for name, args in cases(dtype):
+        function, arrays = jitted(name, args)
+        assert np.array_equal(function(*arrays), want(name, args)), (name, args)
+
+
+@pytest.mark.usefixtures("calls")
+def test_inside_vmap_of_jit():
+    for name, args in cases(b=6):
+        function, arrays = jitted(name, args)
+        got = jax.vmap(function)(*(a.reshape(2, 3, *a.shape[1:]) for a in arrays))
+        assert np.array_equal(got.reshape(6, -1), want(name, args)), name
+
+
+@pytest.mark.usefixtures("calls")
+def test_gradients_flow_through_what_is_gathered():
+    features, importance, k, *_ = map(to_jax, example("id_selection"))
+
+    @jax.jit
+    def loss(features):
+        keep = lvtp.jax.id_selection(features, importance, k)
+        return jnp.take_along_axis(features, keep[..., None], axis=1).sum()
+
+    assert jnp.count_nonzero(jnp.abs(jax.grad(loss)(features)).sum(-1)) == 2 * k
+
+
+def test_bad_arguments_are_named_when_they_are_traced():
+    features, importance, *_ = map(to_jax, example("id_selection"))
+    with pytest.raises(RuntimeError, match=r"id_selection: k must be in \[1, 24\], got 25"):
+        jax.jit(lambda f, s: lvtp.jax.id_selection(f, s, 25))(features, importance)
+
+
+@pytest.mark.skipif(not BUILT, reason="liblvtp_jax was not built")
+def test_a_label_out_of_range_fails_the_custom_call():
+    features, importance, *_ = map(to_jax, example("id_selection"))
+    labels = jnp.full(importance.shape, 7, jnp.int32)
+    with pytest.raises(Exception, match=r"prune_sid: labels must be in \[0, 3\), got 7"):
+        jax.block_until_ready(
+            jax.jit(lambda f, s, x: lvtp.jax.prune_sid(f, s, 12, labels=x))(features, importance, labels)
+        )
+
+
+def test_importing_lvtp_does_not_import_jax():
+    script = "import lvtp, sys; print('jax' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", script], text=True).strip() == "False"
