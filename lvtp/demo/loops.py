@@ -41,14 +41,14 @@ def prune_sid_loop(features: Tensor, importance: Tensor, n: int) -> list[int]:
     for g in range(max(1, n // 4)):
         members = (labels == g).nonzero().flatten()
         members = members[importance[members].argsort(descending=True, stable=True)]
-        keep = _nms(importance[members] > 0, similarity[members][:, members] > rho * n / 32)
+        keep = nms(importance[members] > 0, similarity[members][:, members] > rho * n / 32)
         kept.append(members[keep].tolist())
         dropped.append(members[~keep].tolist())
-    quotas = _quotas([len(m) for m in kept], [len(m) + len(s) for m, s in zip(kept, dropped, strict=True)], n)
-    return sorted(i for m, s, q in zip(kept, dropped, quotas, strict=True) for i in (m + s)[:q])
+    quota = quotas([len(m) for m in kept], [len(m) + len(s) for m, s in zip(kept, dropped, strict=True)], n)
+    return sorted(i for m, s, q in zip(kept, dropped, quota, strict=True) for i in (m + s)[:q])
 
 
-def _nms(keep: Tensor, alike: Tensor) -> Tensor:
+def nms(keep: Tensor, alike: Tensor) -> Tensor:
     """Of the candidates `keep` [M], best first, those that no better kept one is `alike` [M, M]: bool [M]."""
     for i in range(len(keep)):
         if keep[i]:
@@ -56,7 +56,7 @@ def _nms(keep: Tensor, alike: Tensor) -> Tensor:
     return keep
 
 
-def _quotas(kept: list[int], sizes: list[int], n: int) -> list[int]:
+def quotas(kept: list[int], sizes: list[int], n: int) -> list[int]:
     """Tokens taken from each group, summing to min(n, N): a share of what each group kept, at least 1, capped."""
     low = [min(1, c) for c in sizes]
     cap = 5 * -(-n // 64)
@@ -66,7 +66,7 @@ def _quotas(kept: list[int], sizes: list[int], n: int) -> list[int]:
     portions = torch.tensor(kept, dtype=torch.float32)
     bounds = (portions / portions.sum().clamp_min(1)).cumsum(0) * max(0, n - sum(low))
     shares = bounds.round().diff(prepend=torch.zeros(1)).tolist()
-    quotas = [min(int(s) + lo, u) for s, lo, u in zip(shares, low, up, strict=True)]
+    found = [min(int(s) + lo, u) for s, lo, u in zip(shares, low, up, strict=True)]
     for g in sorted(range(len(kept)), key=lambda g: -kept[g]):
-        quotas[g] += min(up[g] - quotas[g], max(0, n - sum(quotas)))
-    return quotas
+        found[g] += min(up[g] - found[g], max(0, n - sum(found)))
+    return found
