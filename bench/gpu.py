@@ -39,8 +39,10 @@ ROWS = (
     *(("id_selection", shape) for shape in SHAPES if shape not in (ONE, LARGE)),
     *(("prune_sid", shape) for shape in SHAPES if shape not in (ONE, KEEP_192, LARGE)),
 )
+COMPILED = ("id_selection", "cosine_similarity", "mean_similarity")
 PEAKS = {"H200": (4.3e12, 790e12)}  # bytes/s of a copy and bf16 FLOP/s of a large product, as measured on one
 ROUNDS, FEWEST = 50, 5
+SUBMITTING = 1_000_000  # cycles, half a millisecond, in which the host queues what is timed
 SECONDS = 1.5  # for a row's rounds
 
 
@@ -77,10 +79,11 @@ def normalise_and_bmm(features: torch.Tensor) -> torch.Tensor:
 
 def gram_and_loop(features: torch.Tensor, importance: torch.Tensor, k: int) -> torch.Tensor:
     """What id_selection would be with the whole matrix in fp32; it leaves scaling the importance out."""
-    return lvtp.greedy_suppression(importance, lvtp.cosine_similarity(features), k)
+    with lvtp.use_backend("native"):
+        return lvtp.greedy_suppression(importance, lvtp.cosine_similarity(features), k)
 
 
-def variants(name: str, shape: Shape, args: tuple) -> dict[str, Callable[[], Callable]]:
+def variants(name: str, shape: Shape, args: tuple, compiles: bool) -> dict[str, Callable[[], Callable]]:
     """How each is made ready; that may take long, or fail."""
 
     def on(backend: str) -> Callable:
@@ -91,8 +94,8 @@ def variants(name: str, shape: Shape, args: tuple) -> dict[str, Callable[[], Cal
         return run
 
     found = {
-        "lvtp": lambda: captured(on("auto")),
-        "lvtp, call": lambda: on("auto"),
+        "lvtp": lambda: captured(on("native")),
+        "lvtp, call": lambda: on("native"),
         "triton": lambda: captured(on("triton")),
     }
     if name == "id_selection" and shape.tokens > 4096:
@@ -108,7 +111,7 @@ def variants(name: str, shape: Shape, args: tuple) -> dict[str, Callable[[], Cal
     found["eager, call"] = lambda: lambda: plain(*args)
     if name != "psca":  # eigh waits for the device, so it cannot be captured
         found["eager"] = lambda: captured(lambda: plain(*args))
-        if shape in (ONE, BATCH) and args[0].dtype == torch.bfloat16:  # unrolls the loop over the picks
+        if compiles:
             compiled = torch.compile(plain)
             found["compiled, call"] = lambda: lambda: compiled(*args)
             found["compiled"] = lambda: captured(lambda: compiled(*args))
@@ -126,6 +129,7 @@ def medians(runs: dict[str, Callable], flush: torch.Tensor) -> dict[str, float]:
             break
         for variant, run in runs.items():
             flush.zero_()
+            torch.cuda._sleep(SUBMITTING)
             start.record()
             run()
             end.record()
@@ -143,10 +147,10 @@ def peak_memory(run: Callable) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def row(name: str, shape: Shape, dtype: torch.dtype, flush: torch.Tensor) -> dict:
+def row(name: str, shape: Shape, dtype: torch.dtype, flush: torch.Tensor, compiles: bool) -> dict:
     args = arguments(name, shape, dtype, "cuda")
     runs, errors, memory, first = {}, {}, {}, {}
-    for variant, prepare in variants(name, shape, args).items():
+    for variant, prepare in variants(name, shape, args, compiles).items():
         started = time.monotonic()
         try:
             runs[variant] = prepare()
@@ -216,15 +220,17 @@ def main() -> None:
         ", ".join(f"{key} {value}" for key, value in about.items()),
         "medians in us; share of what the device's peaks allow; in brackets: how many times what lvtp takes",
     ]  # fmt: skip
-    for dtype in (torch.bfloat16, torch.float32):
-        for name, shape in ROWS:
-            rows.append(row(name, shape, dtype, flush))
-            lines.append(text(rows[-1]))
-            print(lines[-1], flush=True)
-            (folder / "ops.json").write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
-            (folder / "ops.txt").write_text("\n".join(lines) + "\n")
-            torch._dynamo.reset()
-            torch.cuda.empty_cache()
+    # Compiling unrolls the loop over the picks, which may take long: last.
+    compiled = [(*each, torch.bfloat16, True) for each in ROWS if each[1] in (ONE, BATCH) and each[0] in COMPILED]
+    plain = [(*each, dtype, False) for dtype in (torch.bfloat16, torch.float32) for each in ROWS]
+    for name, shape, dtype, compiles in (*plain, *compiled):
+        rows.append(row(name, shape, dtype, flush, compiles))
+        lines.append(text(rows[-1]))
+        print(lines[-1], flush=True)
+        (folder / "ops.json").write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
+        (folder / "ops.txt").write_text("\n".join(lines) + "\n")
+        torch._dynamo.reset()
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -8,11 +8,11 @@ namespace {
 // Squares of lengths between which no dot product leaves fp32's range. Others are rare, and take their time.
 constexpr float kShort = 0x1p-60f, kLong = 0x1p60f;
 
-// unit[r]: what token r's features are to be multiplied by, 0 for one that is all zero or not finite; `given`, or from
-// the squares. Negative where dot products with it may have left fp32's range.
+// unit[r]: what token r's features are to be multiplied by, 0 for one that is all zero or not finite.
+// Negative where dot products with it may have left fp32's range.
 template <class T, int kTile>
 __device__ void find_units(
-    const float (&square)[2][2 * kTile], const T* x, const float* given, int64_t i0, int64_t j0, int64_t n, int64_t d,
+    const float (&square)[2][2 * kTile], const T* x, int64_t i0, int64_t j0, int64_t n, int64_t d,
     float (&unit)[2 * kTile]) {
   const auto token_of = [&](int r) { return r < kTile ? i0 + r : j0 + r - kTile; };
   bool unusual = false;
@@ -20,13 +20,14 @@ __device__ void find_units(
     const int64_t token = token_of(r);
     const float sum = square[0][r] + square[1][r];
     const bool usual = sum >= kShort && sum <= kLong;
-    unit[r] = token >= n ? 0.0f : given != nullptr ? given[token] : usual ? 1.0f / sqrtf(sum) : -1.0f;
+    unit[r] = token >= n ? 0.0f : usual ? 1.0f / sqrtf(sum) : -1.0f;
     unusual = unusual || unit[r] < 0.0f;
   }
   if (__syncthreads_or(unusual) == 0) return;
   for (int r = threadIdx.x / 32; r < 2 * kTile; r += kTileThreads / 32) {
     if (unit[r] >= 0.0f) continue;
-    const float scale = unit_scale_of(x + token_of(r) * d, d, threadIdx.x % 32);  // its shuffles: every lane has looked
+    __syncwarp();  // every lane has looked
+    const float scale = unit_scale_of(x + token_of(r) * d, d, threadIdx.x % 32);
     if (threadIdx.x % 32 == 0) unit[r] = -scale;
   }
   __syncthreads();  // all units are known
@@ -64,8 +65,7 @@ __device__ void write_tile(
 // One block a tile of the upper triangle of one image.
 template <class T, int kTile>
 __global__ void __launch_bounds__(kTileThreads, Plan<kTile>::kBlocks) similarity_tiles(
-    const T* __restrict__ x, const float* __restrict__ given, int64_t n, int64_t d, int64_t tiles_per_image, int width,
-    float* __restrict__ out) {
+    const T* __restrict__ x, int64_t n, int64_t d, int64_t tiles_per_image, int width, float* __restrict__ out) {
   using P = Plan<kTile>;
   const int64_t image = blockIdx.x / tiles_per_image;
   auto tile = static_cast<int>(blockIdx.x % tiles_per_image), row = 0;
@@ -105,47 +105,38 @@ __global__ void __launch_bounds__(kTileThreads, Plan<kTile>::kBlocks) similarity
   quarter.enter_squares(square);
   __syncthreads();  // all squares are entered, and the stages are no longer read
   quarter.enter_dots(dot);
-  find_units<T, kTile>(square, x, given != nullptr ? given + image * n : nullptr, i0, j0, n, d, unit);
+  find_units<T, kTile>(square, x, i0, j0, n, d, unit);
   write_tile<T, kTile>(dot, unit, x, i0, j0, n, d, out + image * n * n);
 }
 
 template <int kTile, class T>
-cudaError_t launch_tiles(
-    const T* x, const float* scale, int64_t images, int64_t n, int64_t d, float* out, cudaStream_t stream) {
+cudaError_t launch_tiles(const T* x, int64_t images, int64_t n, int64_t d, float* out, cudaStream_t stream) {
   const int64_t across = ceil_div(n, kTile), per_image = across * (across + 1) / 2;
   const uint64_t bits = reinterpret_cast<uintptr_t>(x) | static_cast<uint64_t>(d) * sizeof(T);
   const int width = bits % 16 == 0 ? 16 : bits % 4 == 0 ? 4 : 2;
   return launch(
-      similarity_tiles<T, kTile>, blocks(images * per_image), kTileThreads, Plan<kTile>::kShared, stream, x, scale, n,
-      d, per_image, width, out);
+      similarity_tiles<T, kTile>, blocks(images * per_image), kTileThreads, Plan<kTile>::kShared, stream, x, n, d,
+      per_image, width, out);
 }
 
 // Large tiles read less; small ones keep more multiprocessors busy where there is little work. The sums are the same.
 template <class T>
-cudaError_t launch_similarity(
-    const T* x, const float* scale, int64_t images, int64_t n, int64_t d, float* out, cudaStream_t stream) {
+cudaError_t launch_similarity(const T* x, int64_t images, int64_t n, int64_t d, float* out, cudaStream_t stream) {
   constexpr int kSmall = 64, kLarge = 96, kEnough = 100;
   if constexpr (sizeof(T) < sizeof(float)) {  // of fp32, twice as many fragments must be held
     const int64_t across = ceil_div(n, kLarge);
     if (images * across * (across + 1) / 2 >= kEnough) {
-      return launch_tiles<kLarge>(x, scale, images, n, d, out, stream);
+      return launch_tiles<kLarge>(x, images, n, d, out, stream);
     }
   }
-  return launch_tiles<kSmall>(x, scale, images, n, d, out, stream);
+  return launch_tiles<kSmall>(x, images, n, d, out, stream);
 }
 
 }  // namespace
 
-cudaError_t scaled_gram(
-    const void* features, Dtype dtype, const float* scale, int64_t images, int64_t n, int64_t d, float* out,
-    cudaStream_t stream) {
-  return with_dtype(
-      features, dtype, [&](const auto* x) { return launch_similarity(x, scale, images, n, d, out, stream); });
-}
-
 cudaError_t cosine_similarity(
     const void* features, Dtype dtype, int64_t images, int64_t n, int64_t d, float* out, cudaStream_t stream) {
-  return scaled_gram(features, dtype, nullptr, images, n, d, out, stream);
+  return with_dtype(features, dtype, [&](const auto* x) { return launch_similarity(x, images, n, d, out, stream); });
 }
 
 }  // namespace lvtp::cuda

@@ -9,8 +9,7 @@ constexpr int kThreads = 1024;
 // One block for all images. Each gets its share rounded down; what that leaves goes to the largest remainders (ties:
 // lowest index).
 __global__ void __launch_bounds__(kThreads) share_out(
-    const float* __restrict__ rho, int images, int64_t total, Shares shares, double* __restrict__ remainder,
-    int64_t* __restrict__ budget) {
+    const float* __restrict__ rho, int images, int64_t total, Shares shares, double* remainder, int64_t* budget) {
   __shared__ double warps[2][kThreads / 32];  // each every other time
   const auto sum = [&](int turn, const auto& of) {
     double mine = 0.0;

@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kPoints)
 // twist). `pivots` [2, n]: those of L D L^T, from the top, and of U D U^T, from the bottom. A warp a vector.
 __global__ void __launch_bounds__(32) find_vectors(
     double* matrices, double* forms, int n, int count, const double* __restrict__ values, double* pivots,
-    double* __restrict__ vectors) {
+    double* vectors) {
   const Form f(matrices, forms, blockIdx.x / count, n);
   const double *diagonal = f.diagonal(), *beside = f.beside(), value = values[blockIdx.x];
   double* const down = pivots + static_cast<int64_t>(blockIdx.x) * 2 * n;

@@ -30,8 +30,10 @@ __device__ Scaling scaling_of(const float* importance, int n, const Real& real) 
     low = fminf(low, __shfl_xor_sync(kFullWarp, low, offset));
     high = fmaxf(high, __shfl_xor_sync(kFullWarp, high, offset));
   }
-  lows[threadIdx.x / 32] = low;
-  highs[threadIdx.x / 32] = high;
+  if (threadIdx.x % 32 == 0) {
+    lows[threadIdx.x / 32] = low;
+    highs[threadIdx.x / 32] = high;
+  }
   __syncthreads();  // every warp has entered its range
   for (int w = 0; w < static_cast<int>(blockDim.x) / 32; ++w) {
     low = fminf(low, lows[w]);

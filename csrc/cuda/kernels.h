@@ -15,12 +15,6 @@ enum class Dtype { kFloat, kHalf, kBFloat16 };
 cudaError_t cosine_similarity(
     const void* features, Dtype dtype, int64_t images, int64_t n, int64_t d, float* out, cudaStream_t stream);
 
-// (scale_i x_i) . (scale_j x_j) -> out fp32 [images, n, n]; a token whose scale is 0 is the zero vector. The others'
-// dot products must fit in fp32.
-cudaError_t scaled_gram(
-    const void* features, Dtype dtype, const float* scale, int64_t images, int64_t n, int64_t d, float* out,
-    cudaStream_t stream);
-
 // features [images, n, d], mask [images, n] -> out fp32 [images].
 int64_t mean_similarity_workspace(int64_t images, int64_t n, int64_t d);
 cudaError_t mean_similarity(

@@ -45,7 +45,7 @@ struct Workspace {
   }
 };
 
-// A grid's x, which holds 2^31 - 1 blocks.
-inline unsigned blocks(int64_t count) { return static_cast<unsigned>(count); }
+// A grid's x, which holds 2^31 - 1 blocks. More become a grid of 0, whose launch fails.
+inline unsigned blocks(int64_t count) { return count <= INT32_MAX ? static_cast<unsigned>(count) : 0; }
 
 }  // namespace lvtp::cuda

@@ -54,7 +54,8 @@ __device__ inline void cp_async_wait() {
 __device__ inline void load_matrices(uint32_t (&word)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
-               : "r"(shared_address(row)));
+               : "r"(shared_address(row))
+               : "memory");
 }
 
 // c += a b^T, 16 x 8, over 32 bytes of depth: 16 numbers of 16 bits, or 8 of fp32, which are read as tf32. Of a: the
