@@ -26,8 +26,7 @@ __device__ void find_units(
   if (__syncthreads_or(unusual) == 0) return;
   for (int r = threadIdx.x / 32; r < 2 * kTile; r += kTileThreads / 32) {
     if (unit[r] >= 0.0f) continue;
-    __syncwarp();  // every lane has looked
-    const float scale = unit_scale_of(x + token_of(r) * d, d, threadIdx.x % 32);
+    const float scale = unit_scale_of(x + token_of(r) * d, d, threadIdx.x % 32);  // its shuffles: every lane has looked
     if (threadIdx.x % 32 == 0) unit[r] = -scale;
   }
   __syncthreads();  // all units are known
