@@ -14,7 +14,7 @@ from lvtp.hf.families import family_of
 from lvtp.hf.family import Family
 from lvtp.hf.layout import check_room
 from lvtp.hf.options import Keep, Method, Options, Score
-from lvtp.hf.rewrite import check_count, encoder_arguments, has_pixels, placeholder_id
+from lvtp.hf.rewrite import check_call, check_count, encoder_arguments, has_pixels, placeholder_id
 from lvtp.hf.selection import count
 from lvtp.hf.sequence import real_tokens
 
@@ -86,6 +86,7 @@ def info(
     """
     options = Options(method, keep, score, positions, scope, newline)
     family, call = family_of(model, options), dict(inputs)
+    check_call(call)
     real = real_tokens(call)  # [B, S]
     before = real.sum(dim=1).tolist()
     after = list(before)

@@ -75,7 +75,7 @@ def rewrite(
     model: PreTrainedModel, family: Family, call: dict[str, Any], options: Options, side: str | None = None
 ) -> tuple[dict[str, Any], Pruned]:
     """Encodes the call's images, selects, shortens. `side`: where to pad; None follows the input."""
-    _check_call(call)
+    check_call(call)
     real = real_tokens(call)  # [B, S]
     positions = family.positions(options)
     kept, indices, encoder_outputs = real.clone(), [], {}
@@ -112,7 +112,8 @@ def rewrite(
     return shortened, Pruned(kept, tuple(indices), counts, next_position, options.scope, positions)
 
 
-def _check_call(call: dict[str, Any]) -> None:
+def check_call(call: dict[str, Any]) -> None:
+    """Raises for arguments that a call with pixels cannot be pruned with."""
     if call.get("input_ids") is None:
         raise ValueError("input_ids must be given beside the pixels, got none (inputs_embeds cannot be pruned)")
     if call["input_ids"].dim() != 2:
