@@ -50,7 +50,8 @@ class Info:
         return sum(image.placeholders for image in self.images)
 
     def __str__(self) -> str:
-        lines = [f"{self.model}: {self.visual_tokens} visual tokens in {len(self.prompt_tokens)} prompts"]
+        prompts = len(self.prompt_tokens)
+        lines = [f"{self.model}: {self.visual_tokens} visual tokens in {prompts} prompt{'s' * (prompts != 1)}"]
         for prompt, (before, after) in enumerate(self.prompt_tokens):
             lines.append(f"  prompt {prompt}: {before} tokens -> {after}")
             for image in self.images:
@@ -58,9 +59,11 @@ class Info:
                     keeps = "by content" if image.keeps is None else _runs(image.keeps)
                     where = f"columns {image.columns[0]}..{image.columns[1] - 1}"
                     lines.append(f"    {image.modality} at {where}: {_runs(image.units)} -> {keeps}")
-        (kv, kv_after), (flops, flops_after) = self.kv_bytes, self.prefill_flops
-        lines.append(f"  KV cache {kv / 2**20:.4g} MiB -> {kv_after / 2**20:.4g} MiB")
-        lines.append(f"  prefill {flops / 1e9:.4g} GFLOPs -> {flops_after / 1e9:.4g} GFLOPs")
+        for name, step, unit, pair in (
+            ("KV cache", 2**10, ("B", "KiB", "MiB", "GiB"), self.kv_bytes),
+            ("prefill", 10**3, ("FLOPs", "kFLOPs", "MFLOPs", "GFLOPs", "TFLOPs"), self.prefill_flops),
+        ):
+            lines.append(f"  {name} {' -> '.join(_scaled(number, step, unit) for number in pair)}")
         return "\n".join(lines)
 
 
@@ -170,6 +173,12 @@ def _weights(layers: nn.ModuleList, config) -> int:
     active = getattr(config, "num_experts_per_tok", None) or experts
     sizes = [(weight.dim(), weight.numel()) for weight in layers.parameters()]
     return sum(size if dim == 2 else size * active // experts for dim, size in sizes if dim >= 2)
+
+
+def _scaled(number: float, step: int, units: tuple[str, ...]) -> str:
+    """In the largest of the units, each `step` times the one before, that leaves at least 1."""
+    power = next((power for power in range(len(units) - 1) if number < step ** (power + 1)), len(units) - 1)
+    return f"{number / step**power:.4g} {units[power]}"
 
 
 def _runs(numbers: tuple[int, ...]) -> str:

@@ -17,6 +17,10 @@ _, NEXT, ONEVISION, INTERNVL = MEMBERS
 ANYRES = pytest.mark.parametrize("member", [NEXT, ONEVISION], ids=lambda member: member.name)
 
 
+def family(member):
+    return LlavaNext() if member is NEXT else LlavaOnevision()
+
+
 def shaped(member, *shapes):
     """The call of one prompt with images of these shapes."""
     return tiny_anyres.batch(member.model, [2, *shapes, 3])
@@ -124,6 +128,34 @@ def test_newline_and_scope_are_checked_by_family():
         lvtp.hf.patch(INTERNVL.model, newline="rows")
 
 
+# Height and width; then, at full size, what the processors of transformers 5.19 and 5.23 give an image: placeholders,
+# and how many of them are newlines.
+TRUE_SIZES = [
+    ((480, 640), (2340, 36), (2929, 40)),
+    ((336, 336), (1176, 24), (1485, 27)),
+    ((1000, 200), (1656, 72), (2187, 81)),
+    ((672, 672), (2928, 48), (3699, 54)),
+    ((333, 1007), (2328, 24), (2943, 27)),
+    ((77, 500), (968, 8), (1224, 9)),
+    ((1500, 1501), (2928, 48), (7371, 81)),  # shrunk by OneVision
+]
+
+
+@ANYRES
+def test_sizes_at_full_size(member):
+    text = {"model_type": "llama", "num_hidden_layers": 1}
+    column = 1 if member is NEXT else 2
+    with torch.device("meta"):
+        model = type(member.model)(type(member.model.config)(text_config=text))
+    arguments = {"image_sizes": torch.tensor([size[0] for size in TRUE_SIZES])}
+    sizes = family(member).sizes(model, "image", arguments, "image")
+    assert [(size.placeholders, size.placeholders - sum(size.units)) for size in sizes] == [
+        size[column] for size in TRUE_SIZES
+    ]
+    crops = family(member).sizes(model, "image", arguments, "crop")
+    assert {tokens for size in crops for tokens in size.units} == {576 if member is NEXT else 729}
+
+
 # --------------------------------------------------------------------------------------------- OneVision: shrunk, video
 
 
@@ -177,8 +209,8 @@ def test_a_frame_has_a_budget_of_its_own():
 # -------------------------------------------------------------------------------------------- importance, measured
 
 
-def encoded(family, model, pixels, score="auto", **arguments):
-    return torch.stack(family.encode(model, "image", {"pixel_values": pixels, **arguments}, score, "crop").importance)
+def encoded(of, model, pixels, score="auto", **arguments):
+    return torch.stack(of.encode(model, "image", {"pixel_values": pixels, **arguments}, score, "crop").importance)
 
 
 @pytest.mark.parametrize("norms", [True, False])
@@ -197,15 +229,14 @@ def test_internvl_scores_equal_eager_attention(norms, layer):
 
 @ANYRES
 def test_anyres_scores_equal_eager_attention(member):
-    family = LlavaNext() if member is NEXT else LlavaOnevision()
     inputs = shaped(member, "square")
     pixels = inputs["pixel_values"]
     _, wanted, _ = tiny_anyres.seen(member.model, pixels[0])
-    got = encoded(family, member.model, pixels, image_sizes=inputs["image_sizes"])
+    got = encoded(family(member), member.model, pixels, image_sizes=inputs["image_sizes"])
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
     if member is NEXT:
         received = eager_attention(member.model, pixels[0], -2).mean((1, 2))[:, 1:]
-        got = encoded(family, member.model, pixels, "received", image_sizes=inputs["image_sizes"])
+        got = encoded(family(member), member.model, pixels, "received", image_sizes=inputs["image_sizes"])
         torch.testing.assert_close(got, received, rtol=1e-5, atol=1e-6)
 
 
