@@ -49,3 +49,15 @@ def test_the_randomised_prune_sid_makes_valid_picks_that_depend_on_the_seed():
         assert picks.min() >= 0
         assert picks.max() < 200
     assert not torch.equal(found[0], found[1]) or not torch.equal(found[0], found[2])
+
+
+def test_quality_measures_what_it_says():
+    quality = pytest.importorskip("bench.quality", reason="needs the bench extra", exc_type=ImportError)
+    sim = torch.tensor([[1.0, 0.5, -0.2], [0.5, 1.0, 0.0], [-0.2, 0.0, 1.0]])
+    found = quality.measures(torch.tensor([0, 1]), sim, torch.tensor([1.0, 2.0, 1.0]))
+    assert found == pytest.approx({"coverage": 2 / 3, "worst": 0.0, "redundancy": 0.5, "importance": 0.75})
+    assert quality.farthest_point(sim, torch.tensor([1.0, 0.0, 0.0]), 3).tolist() == [0, 2, 1]
+    for k in quality.BUDGETS:
+        picks = quality.grid(k)
+        assert len(picks.unique()) == k
+        assert 0 <= picks.min() <= picks.max() < 576
