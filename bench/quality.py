@@ -196,7 +196,7 @@ The published loop takes an unseeded randomised SVD, lvtp converged eigenvectors
 # Read off the table; a change of the selectors or the descriptors needs it read again.
 READING = """\
 It shows what each rule trades: both selectors give up 13 to 29% of the importance that top-k keeps and cover the
-other tokens far better than it does; random and grid picks keep 45 to 62% of that importance and, up to 128 tokens,
+other tokens far better than it does; random and grid picks keep 44 to 62% of that importance and, up to 128 tokens,
 cover the average patch as well or better; farthest point has the best worst case. It does not show accuracy: these
 descriptors are not a trained tower's, three photographs are few, and whether importance or coverage matters more is
 for a model's answers to say."""
