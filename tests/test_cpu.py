@@ -30,7 +30,7 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
             assert abs(rho[image].item() - oracle.mean_similarity(values)) < 1e-6, (dtype, n, d)
     for center in ("feature", "token"):
         for groups in (4, 60):  # by iteration, and directly in double
-            assert test_psca.agreement(t.clustered_features(1, 300, 200, dtype=dtype), groups, center) >= 0.99
+            assert test_psca.agreement(t.clustered_features(1, 336, 400, dtype=dtype), groups, center) >= 0.99
 """
     env = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
     done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent, env=env, capture_output=True)
@@ -50,8 +50,6 @@ CALLS = {
 @pytest.mark.parametrize("n", [300, 2100])  # from 2048 tokens on, threads share one image
 @pytest.mark.parametrize("name", CALLS)
 def test_any_number_of_threads_gives_the_same_bits(name, n):
-    if name == "psca, many groups" and n > 300:
-        pytest.skip("takes seconds, and shares nothing that few groups do not")
     x, s = clustered_features(1, n, 700, clusters=60), random_importance(1, n)
     before = torch.get_num_threads()
     results = []

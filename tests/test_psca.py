@@ -5,6 +5,7 @@ from conftest import clustered_features, photograph_features
 from torch.testing import assert_close
 
 import lvtp
+from lvtp.reference import centred_sigmoid
 
 
 def agreement(x, groups, center):
@@ -30,6 +31,34 @@ def test_groups_like_float64_on_clustered_features(backend, device, groups, cent
 @pytest.mark.parametrize("groups", [4, 16, 48, 100, 144])
 def test_groups_like_float64_on_a_photograph(backend, device, groups, center):
     assert agreement(photograph_features().to(device), groups, center) >= 0.99
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("gap", [1e-3, 2e-4])
+def test_neighbouring_eigenvalues_are_told_apart(backend, device, gap):
+    """The third and fourth of eight eigenvalues are a small gap apart: no vector is a mixture of both."""
+    g = torch.Generator().manual_seed(0)
+    q, _ = torch.linalg.qr(torch.randn(2000, 8, 8, generator=g, dtype=torch.float64))
+    # Features without a mean, so that centring leaves the matrix as it is made.
+    columns = torch.cat([torch.ones(2000, 16, 1), torch.randn(2000, 16, 8, generator=g)], 2).double()
+    r = torch.linalg.qr(columns)[0][:, :, 1:]
+    values = torch.tensor([1.0, 0.86, 0.7, 0.7, 0.5, 0.36, 0.22, 0.1], dtype=torch.float64)
+    values = values + 0.04 * (torch.rand(2000, 8, generator=g, dtype=torch.float64) - 0.5)
+    values[:, 3] = values[:, 2] - gap
+    m = q @ torch.diag_embed(values.sqrt()) @ r.mT
+    x = torch.logit(0.5 + m * (0.4 / m.abs().amax((1, 2), keepdim=True))).float()
+    a, _ = centred_sigmoid(x, "feature", None)
+    wanted = torch.linalg.eigh(a @ a.mT)[1].abs().amax(2)
+    loadings = lvtp.psca(x.to(device), 8)[1].cpu()
+    assert (loadings - wanted).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("shift", [-25, -30, -60])
+@pytest.mark.parametrize("n", [64, 400])
+def test_tiny_sigmoids(backend, device, n, shift):
+    """Squares of squares of exp(-30) leave fp32."""
+    x = clustered_features(1, n, 128, device=device) + shift
+    assert agreement(x, 4, "feature") >= 0.99
 
 
 @pytest.mark.parametrize("n", [31, 33, 575, 577])

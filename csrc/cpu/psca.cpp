@@ -20,19 +20,22 @@ class CentredSigmoid {
   int64_t stride() const { return strips(d_) * kTile; }
 
   // Rows first, ..., first + kTile - 1 of A -> block [kTile][stride()]; zero where there is no token or it has no part
-  // in any component. usable[i], unless it is null: row i is not zero.
-  void rows(int64_t first, float* block, char* usable) const {
+  // in any component. usable[i], unless it is null: row i is not zero. Returns the largest magnitude.
+  float rows(int64_t first, float* block, char* usable) const {
+    float largest = 0.0f;
     for (int64_t i = first; i < first + kTile; ++i) {
       float* row = block + (i - first) * stride();
       double sum;
-      bool any = false;
+      float any = 0.0f;
       if (i < n_ && sigmoid(i, row, &sum)) {
         any = over_features_ ? simd().centre(row, d_, static_cast<float>(sum / static_cast<double>(d_)))
                              : simd().centre_each(row, d_, token_mean_.data());
       }
-      std::fill(any ? row + d_ : row, row + stride(), 0.0f);
-      if (i < n_ && usable) usable[i] = any;
+      std::fill(any > 0.0f ? row + d_ : row, row + stride(), 0.0f);
+      if (i < n_ && usable) usable[i] = any > 0.0f;
+      largest = std::max(largest, any);
     }
+    return largest;
   }
 
  private:
@@ -75,7 +78,8 @@ class CentredSigmoid {
 };
 
 // fp32 keeps the groups of the leading components; those far down lie too close together for it (0.84 of the tokens
-// as by double at G = 144 on a photograph), though the matrix itself need not be any more exact.
+// as by double at G = 144 on a photograph). The matrix itself is fp32 either way: enough where neighbouring eigenvalues
+// differ by 1e-7 of the largest or more.
 constexpr int64_t kGroupsInFloat = 48;
 
 // Below, the whole Gram matrix costs less than the few products with A that iteration takes.
@@ -104,6 +108,17 @@ Eigenvectors<float> components(Team& team, const Panels& panels, int64_t groups)
     for (int64_t i = 0; i < vectors.rows; ++i) out(i, g) = static_cast<float>(vectors(i, g));
   }
   return out;
+}
+
+// Sigmoids of very negative features are tiny, and squares of their squares leave fp32: brought to a largest value in
+// [1, 2), by a power of two, which rounds nothing and changes no eigenvector.
+void bring_into_range(Team& team, const Panels& panels, float largest) {
+  if (largest == 0.0f || largest >= 0x1p-20f) return;
+  const int exponent = -std::ilogb(largest);
+  team.run(strips(panels.rows), [&](int64_t s) {
+    float* strip = panels.strip(s);
+    for (int64_t i = 0; i < panels.depth * kTile; ++i) strip[i] = std::ldexp(strip[i], exponent);
+  });
 }
 
 }  // namespace
@@ -144,9 +159,10 @@ static void psca_image(
   // beyond the rank, which is why there must be fewer.
   const bool transposed = n > d && 2 * groups <= d;
   const Panels panels(transposed ? d : n, transposed ? n : d);
+  std::vector<float> largest(strips(n));
   team.run(strips(n), [&](int64_t s) {
     const Array<float> block(kTile * a.stride());
-    a.rows(s * kTile, block.get(), usable.data());
+    largest[s] = a.rows(s * kTile, block.get(), usable.data());
     if (!transposed) return simd().transpose(block.get(), a.stride(), d, panels.strip(s));
     for (int64_t f = 0; f < strips(d); ++f) {
       for (int64_t i = s * kTile; i < std::min(n, (s + 1) * kTile); ++i) {
@@ -154,6 +170,7 @@ static void psca_image(
       }
     }
   });
+  bring_into_range(team, panels, *std::max_element(largest.begin(), largest.end()));
   auto v = components(team, panels, groups);
   if (transposed) v = project(team, a, n, d, v);
   for (int64_t i = 0; i < n; ++i) {

@@ -59,10 +59,10 @@ struct Simd {
   // sigmoid of row[0, size) in place, size a multiple of kTile, and the sum of the first `count` in double.
   // -> were those finite?
   bool (*sigmoid)(float* row, int64_t size, int64_t count, double* sum);
-  // row -= mean over [0, size). -> is any of it not zero?
-  bool (*centre)(float* row, int64_t size, float mean);
-  // row -= mean, element by element. -> is any of it not zero?
-  bool (*centre_each)(float* row, int64_t size, const float* mean);
+  // row -= mean over [0, size). -> the largest magnitude that leaves.
+  float (*centre)(float* row, int64_t size, float mean);
+  // row -= mean, element by element. -> the largest magnitude that leaves.
+  float (*centre_each)(float* row, int64_t size, const float* mean);
   // sum += row.
   void (*accumulate)(const float* row, int64_t size, double* sum);
   // The eigenpairs of rank first, ..., first + 7 (0 is the largest eigenvalue) of the tridiagonal matrix whose

@@ -183,24 +183,31 @@ inline void eight_eigenpairs(
   for (int lane = 0; lane < 8; ++lane) rank[lane] = n - 1 - first - lane > 0 ? n - 1 - first - lane : 0;
   Eight lower = Eight{} + low, upper = Eight{} + high;
   EightInts below_lower = {}, below_upper = EightInts{} + n;
-  // To 2^-52 of the range, or until no bracket holds a second eigenvalue and six steps more.
-  for (int step = 0, isolated = 0; step < 52 && isolated < 6; ++step) {
-    const Eight middle = 0.5 * (lower + upper);
-    EightInts below = {};  // eigenvalues below the middle, by Sturm's count
+  const auto below = [&](Eight middle) {  // eigenvalues below it, by Sturm's count
+    EightInts count = {};
     Eight q = Eight{} + 1.0;
     for (int64_t i = 0; i < n; ++i) {
       q = away_from_zero((diagonal[i] - middle) - beside[i] * beside[i] / q);
-      below -= q < 0.0;
+      count -= q < 0.0;
     }
-    const EightInts high_half = below > rank;
+    return count;
+  };
+  // To 2^-52 of the range, or until no other eigenvalue is within a bracket's width of it, and six steps more.
+  for (int step = 0, alone = 0; step < 52 && alone < 6; ++step) {
+    const Eight middle = 0.5 * (lower + upper);
+    const EightInts count = below(middle), high_half = count > rank;
     upper = high_half ? middle : upper;
     lower = high_half ? lower : middle;
-    below_upper = high_half ? below : below_upper;
-    below_lower = high_half ? below_lower : below;
-    ++isolated;
-    for (int lane = 0; lane < 8; ++lane) {
-      if (below_upper[lane] - below_lower[lane] > 1) isolated = 0;
+    below_upper = high_half ? count : below_upper;
+    below_lower = high_half ? below_lower : count;
+    EightInts others = below_upper - below_lower;
+    bool isolated = true;
+    for (int lane = 0; lane < 8; ++lane) isolated = isolated && others[lane] <= 1;
+    if (isolated && alone == 0) {
+      others = below(upper + (upper - lower)) - below(lower - (upper - lower));
+      for (int lane = 0; lane < 8; ++lane) isolated = isolated && others[lane] <= 1;
     }
+    alone = isolated ? alone + 1 : 0;
   }
   // Twice, because the first vector improves the eigenvalue, as far as its bracket allows.
   Eight value = 0.5 * (lower + upper);

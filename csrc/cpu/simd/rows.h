@@ -93,22 +93,36 @@ inline bool sigmoid(float* row, int64_t size, int64_t count, double* sum) {
   return true;
 }
 
-inline bool centre(float* row, int64_t size, float mean) {
-  bool any = false;
-  for (int64_t c = 0; c < size; ++c) {
-    row[c] -= mean;
-    any |= row[c] != 0.0f;
-  }
-  return any;
+// Of floats that are not negative, the largest has the largest bits; and maxima of integers become vectors.
+inline uint32_t magnitude_bits(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof(x));
+  return bits & 0x7fffffff;
+}
+inline float from_bits(uint32_t bits) {
+  float x;
+  __builtin_memcpy(&x, &bits, sizeof(x));
+  return x;
 }
 
-inline bool centre_each(float* row, int64_t size, const float* mean) {
-  bool any = false;
+inline float centre(float* row, int64_t size, float mean) {
+  uint32_t largest = 0;
+  for (int64_t c = 0; c < size; ++c) {
+    row[c] -= mean;
+    const uint32_t bits = magnitude_bits(row[c]);
+    largest = bits > largest ? bits : largest;
+  }
+  return from_bits(largest);
+}
+
+inline float centre_each(float* row, int64_t size, const float* mean) {
+  uint32_t largest = 0;
   for (int64_t c = 0; c < size; ++c) {
     row[c] -= mean[c];
-    any |= row[c] != 0.0f;
+    const uint32_t bits = magnitude_bits(row[c]);
+    largest = bits > largest ? bits : largest;
   }
-  return any;
+  return from_bits(largest);
 }
 
 inline void accumulate(const float* row, int64_t size, double* sum) {
