@@ -13,6 +13,7 @@ import lvtp.hf
 from lvtp.hf import requirement
 
 from .members import MEMBERS
+from .tiny import footprint
 from .tiny_llava import BATCHES, batch, build
 
 KEEP = 5
@@ -21,14 +22,6 @@ KEEP = 5
 @pytest.fixture
 def inputs(model):
     return batch(model, *BATCHES["two_and_one"])
-
-
-def footprint(model):
-    """Everything an installation could leave on a model: instance attributes and hooks, module by module."""
-    return {
-        name: (sorted(vars(module)), [str(value) for key, value in sorted(vars(module).items()) if "hooks" in key])
-        for name, module in model.named_modules()
-    }
 
 
 # ------------------------------------------------------------------------------------------------- nothing left behind

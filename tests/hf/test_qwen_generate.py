@@ -10,6 +10,7 @@ from lvtp.hf.generation import CHUNKS_HOLD_IMAGES
 
 from .oracle import relative_error
 from .oracle_qwen import assemble
+from .tiny import footprint
 from .tiny_qwen import BATCHES, BUILDERS, SMALL, batch, shared
 
 KEEP = 4
@@ -262,13 +263,6 @@ def test_the_tower_runs_once_for_each_modality(model):
                 calls.clear()
     finally:
         hook.remove()
-
-
-def footprint(model):
-    return {
-        name: (sorted(vars(module)), [str(value) for key, value in sorted(vars(module).items()) if "hooks" in key])
-        for name, module in model.named_modules()
-    }
 
 
 @pytest.mark.parametrize("where", [None, "caller", "tower", "scored layer", "decoder"])

@@ -33,6 +33,26 @@ def finish(model, attention="sdpa"):
     return model
 
 
+def footprint(model):
+    """Everything an installation could leave on a model: instance attributes and hooks, module by module."""
+    return {
+        name: (sorted(vars(module)), [str(value) for key, value in sorted(vars(module).items()) if "hooks" in key])
+        for name, module in model.named_modules()
+    }
+
+
+def padded(ids, side):
+    """`input_ids` and `attention_mask` [B, S] of prompts of several lengths."""
+    width = max(map(len, ids))
+    input_ids = torch.zeros(len(ids), width, dtype=torch.long)
+    mask = torch.zeros_like(input_ids)
+    for row, content in enumerate(ids):
+        columns = slice(width - len(content), width) if side == "left" else slice(0, len(content))
+        input_ids[row, columns] = content
+        mask[row, columns] = 1
+    return {"input_ids": input_ids, "attention_mask": mask}
+
+
 def prompts(rows, length, side="left", seed=0):
     """`input_ids` and `attention_mask`. A row holds ints (that many random text tokens) and images.
 
@@ -50,11 +70,4 @@ def prompts(rows, length, side="left", seed=0):
                 token, count = length(part)
                 parts.append(torch.full((count,), token))
         ids.append(torch.cat(parts))
-    width = max(map(len, ids))
-    input_ids = torch.zeros(len(rows), width, dtype=torch.long)
-    mask = torch.zeros_like(input_ids)
-    for row, content in enumerate(ids):
-        columns = slice(width - len(content), width) if side == "left" else slice(0, len(content))
-        input_ids[row, columns] = content
-        mask[row, columns] = 1
-    return {"input_ids": input_ids, "attention_mask": mask}, generator
+    return padded(ids, side), generator

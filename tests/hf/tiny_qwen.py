@@ -14,6 +14,8 @@ from transformers import (
     Qwen3VLMoeForConditionalGeneration,
 )
 
+from .tiny import padded
+
 VOCABULARY = 128
 IMAGE, VIDEO, START, END = 120, 121, 122, 123
 PATCH, MERGE, TEMPORAL, CHANNELS = 4, 2, 2, 3
@@ -109,15 +111,8 @@ def batch(model, *rows, side="left", seed=0):
             else:
                 parts += [START, *[token] * merged(*grid), END]
         ids.append(torch.tensor(parts))
-    width = max(map(len, ids))
-    input_ids = torch.zeros(len(rows), width, dtype=torch.long)
-    mask = torch.zeros_like(input_ids)
-    for row, content in enumerate(ids):
-        columns = slice(width - len(content), width) if side == "left" else slice(0, len(content))
-        input_ids[row, columns] = content
-        mask[row, columns] = 1
-    inputs = {"input_ids": input_ids, "attention_mask": mask}
-    inputs["mm_token_type_ids"] = (input_ids == IMAGE).int() + 2 * (input_ids == VIDEO).int()
+    inputs = padded(ids, side)
+    inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).int() + 2 * (inputs["input_ids"] == VIDEO).int()
     for kind, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
         if grids[kind]:
             patches = sum(t * h * w for t, h, w in grids[kind])
