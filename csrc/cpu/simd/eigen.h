@@ -176,6 +176,12 @@ inline Eight twisted(
   return left_over / square;
 }
 
+inline bool at_most_one(EightInts counts) {
+  bool all = true;
+  for (int lane = 0; lane < 8; ++lane) all = all && counts[lane] <= 1;
+  return all;
+}
+
 inline void eight_eigenpairs(
     const double* diagonal, const double* beside, int64_t n, double low, double high, int64_t first, double* scratch,
     double* z, double* values) {
@@ -200,12 +206,10 @@ inline void eight_eigenpairs(
     lower = high_half ? lower : middle;
     below_upper = high_half ? count : below_upper;
     below_lower = high_half ? below_lower : count;
-    EightInts others = below_upper - below_lower;
-    bool isolated = true;
-    for (int lane = 0; lane < 8; ++lane) isolated = isolated && others[lane] <= 1;
+    bool isolated = at_most_one(below_upper - below_lower);
     if (isolated && alone == 0) {
-      others = below(upper + (upper - lower)) - below(lower - (upper - lower));
-      for (int lane = 0; lane < 8; ++lane) isolated = isolated && others[lane] <= 1;
+      const Eight width = upper - lower;
+      isolated = at_most_one(below(upper + width) - below(lower - width));
     }
     alone = isolated ? alone + 1 : 0;
   }

@@ -93,36 +93,29 @@ inline bool sigmoid(float* row, int64_t size, int64_t count, double* sum) {
   return true;
 }
 
-// Of floats that are not negative, the largest has the largest bits; and maxima of integers become vectors.
-inline uint32_t magnitude_bits(float x) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &x, sizeof(x));
-  return bits & 0x7fffffff;
-}
-inline float from_bits(uint32_t bits) {
-  float x;
-  __builtin_memcpy(&x, &bits, sizeof(x));
-  return x;
+// row -= mean_of(c), element by element. -> the largest magnitude that leaves: of floats that are not negative, the
+// largest has the largest bits, and maxima of integers become vectors.
+template <class MeanOf>
+inline float centre_by(float* row, int64_t size, const MeanOf& mean_of) {
+  uint32_t largest = 0;
+  for (int64_t c = 0; c < size; ++c) {
+    row[c] -= mean_of(c);
+    uint32_t bits;
+    __builtin_memcpy(&bits, row + c, sizeof(bits));
+    bits &= 0x7fffffff;
+    largest = bits > largest ? bits : largest;
+  }
+  float magnitude;
+  __builtin_memcpy(&magnitude, &largest, sizeof(magnitude));
+  return magnitude;
 }
 
 inline float centre(float* row, int64_t size, float mean) {
-  uint32_t largest = 0;
-  for (int64_t c = 0; c < size; ++c) {
-    row[c] -= mean;
-    const uint32_t bits = magnitude_bits(row[c]);
-    largest = bits > largest ? bits : largest;
-  }
-  return from_bits(largest);
+  return centre_by(row, size, [=](int64_t) { return mean; });
 }
 
 inline float centre_each(float* row, int64_t size, const float* mean) {
-  uint32_t largest = 0;
-  for (int64_t c = 0; c < size; ++c) {
-    row[c] -= mean[c];
-    const uint32_t bits = magnitude_bits(row[c]);
-    largest = bits > largest ? bits : largest;
-  }
-  return from_bits(largest);
+  return centre_by(row, size, [=](int64_t c) { return mean[c]; });
 }
 
 inline void accumulate(const float* row, int64_t size, double* sum) {
