@@ -1,5 +1,7 @@
 """The table at the end of a benchmark run: every figure with its baselines beside it."""
 
+from bench.shapes import Shape
+
 
 def pytest_terminal_summary(terminalreporter, config):
     session = getattr(config, "_benchmarksession", None)
@@ -13,8 +15,6 @@ def pytest_terminal_summary(terminalreporter, config):
     for bench in timed:
         info = bench.extra_info
         median = bench.stats.median
-        shape = f"{info['model']} {info['images']}x{info['tokens']}x{info['features']} k={info['keep']}"
         others = "  ".join(f"{v} {1e3 * s:.2f} ({s / median:.1f})" for v, s in info["baselines"].items())
-        write(
-            f"{info['name']:18s} {shape:44s} {info['dtype']:8s} {info['device']:4s} lvtp {1e3 * median:9.3f}   {others}"
-        )
+        head = f"{info['name']:18s} {Shape.of(info)!s:44s} {info['dtype']:8s} {info['device']:4s}"
+        write(f"{head} lvtp {1e3 * median:9.3f}   {others}")

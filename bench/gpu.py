@@ -175,7 +175,6 @@ def row(name: str, shape: Shape, dtype: torch.dtype, flush: torch.Tensor, compil
 
 
 def text(row: dict) -> str:
-    shape = f"{row['model']} {row['images']}x{row['tokens']}x{row['features']} k={row['keep']}"
     seconds = dict(row["seconds"])
     ours, least = seconds.pop("lvtp", None), row["least_seconds"]
     share = f" {100 * least / ours:3.0f}%" if ours and least else ""
@@ -183,7 +182,7 @@ def text(row: dict) -> str:
     compiling = row["first_seconds"].get("triton", 0.0)
     others += f"  (triton's first: {compiling:.1f} s)" if compiling > 0.1 else ""
     failed = "".join(f"\n    {variant} failed: {why.splitlines()[0]}" for variant, why in row["errors"].items())
-    head = f"{row['name']:18s} {shape:44s} {row['dtype']:8s} lvtp "
+    head = f"{row['name']:18s} {Shape.of(row)!s:44s} {row['dtype']:8s} lvtp "
     return head + (f"{1e6 * ours:9.1f}{share}" if ours else "   failed") + others + failed
 
 

@@ -15,6 +15,11 @@ class Shape(NamedTuple):
     features: int
     keep: int
 
+    @classmethod
+    def of(cls, result: dict) -> "Shape":
+        """That of a result which holds its fields."""
+        return cls(*(result[field] for field in cls._fields))
+
     def __str__(self) -> str:
         return f"{self.model} {self.images}x{self.tokens}x{self.features} k={self.keep}"
 
