@@ -1,5 +1,4 @@
-// The one way a kernel is launched. cudaLaunchKernelEx is an ordinary function, which the emulator has too; <<<>>> is
-// not.
+// The ways a kernel is launched. cudaLaunchKernelEx is an ordinary function, which the emulator has too; <<<>>> is not.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,16 +8,23 @@
 
 namespace lvtp::cuda {
 
-// `shared` counts the bytes of dynamic shared memory; more than the 48 KiB that every kernel may have are asked for.
+// Leaves the function with the error of `call`, if it is one.
+#define LVTP_TRY(call) \
+  if (const cudaError_t error = call; error != cudaSuccess) return error
+
+// Dynamic shared memory beyond the 48 KiB that every kernel may have is asked for.
+template <class... Params>
+cudaError_t allow_shared(void (*kernel)(Params...), size_t bytes) {
+  constexpr size_t kAlwaysThere = 48 << 10;
+  if (bytes <= kAlwaysThere) return cudaSuccess;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+}
+
+// `shared` counts the bytes of dynamic shared memory.
 template <class... Params, class... Args>
 cudaError_t launch(
     void (*kernel)(Params...), dim3 grid, unsigned threads, size_t shared, cudaStream_t stream, Args&&... args) {
-  constexpr size_t kAlwaysThere = 48 << 10;
-  if (shared > kAlwaysThere) {
-    const auto bytes = static_cast<int>(shared);
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (error != cudaSuccess) return error;
-  }
+  LVTP_TRY(allow_shared(kernel, shared));
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
@@ -27,9 +33,35 @@ cudaError_t launch(
   return cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
 }
 
-// Leaves the function with the error of `call`, if it is one.
-#define LVTP_TRY(call) \
-  if (const cudaError_t error = call; error != cudaSuccess) return error
+// The blocks of a kernel that are on the device at a time: as many may wait for each other.
+template <class... Params>
+cudaError_t blocks_at_a_time(void (*kernel)(Params...), unsigned threads, size_t shared, int64_t& count) {
+  LVTP_TRY(allow_shared(kernel, shared));
+  int device = 0, multiprocessors = 0, each = 0;
+  LVTP_TRY(cudaGetDevice(&device));
+  LVTP_TRY(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  LVTP_TRY(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, static_cast<int>(threads), shared));
+  count = int64_t{each} * multiprocessors;
+  return cudaSuccess;
+}
+
+// A launch of at most so many blocks, which are all there at a time: team_barrier() (ptx.cuh) is for them.
+template <class... Params, class... Args>
+cudaError_t launch_together(
+    void (*kernel)(Params...), unsigned grid, unsigned threads, size_t shared, cudaStream_t stream, Args&&... args) {
+  LVTP_TRY(allow_shared(kernel, shared));
+  cudaLaunchAttribute together{};
+  together.id = cudaLaunchAttributeCooperative;
+  together.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(grid);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  config.attrs = &together;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
+}
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -1,5 +1,5 @@
-// What only PTX can say: asynchronous copies into shared memory, and the tensor cores' fragments. All of it is there
-// from sm_80 on. The emulator has a twin of the functions with assembly,
+// What only PTX can say: asynchronous copies into shared memory, the tensor cores' fragments, and blocks that wait for
+// each other. All of it is there from sm_80 on. The emulator has a twin of the functions with assembly,
 // tests/emulation/include/ptx.h.
 #pragma once
 
@@ -77,6 +77,21 @@ __device__ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, u
   }
 }
 #undef LVTP_MMA
+
+// Until as many blocks as `blocks` are here, which share `arrivals`, zero before their first time; each then sees what
+// the others wrote before. All threads of a block take part. Only for a launch whose blocks are there at a time.
+__device__ inline void team_barrier(unsigned* arrivals, unsigned blocks) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    const unsigned all = (atomicAdd(arrivals, 1u) / blocks + 1) * blocks;
+    unsigned now;
+    do {
+      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(arrivals) : "memory");
+    } while (static_cast<int>(now - all) < 0);
+  }
+  __syncthreads();
+}
 
 // The nearest tf32, as bits: fp32 with 10 instead of 23 bits of fraction.
 __device__ inline uint32_t to_tf32(float v) {

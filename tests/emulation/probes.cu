@@ -92,6 +92,21 @@ __global__ void cluster_neighbours(int* out) {
   simt::cluster_barrier(site);
 }
 
+// Two teams of two blocks, the second of which waits for each other twice as often: what a block wrote last is read by
+// the other of its team.
+__global__ void teams(int* out) {
+  static unsigned arrivals[2];
+  const unsigned team = blockIdx.x / 2, other = blockIdx.x ^ 1u;
+  int seen = 0;
+  for (int step = 0; step < 4 + 4 * static_cast<int>(team); ++step) {
+    if (threadIdx.x == 0) out[blockIdx.x] = step;
+    team_barrier(arrivals + team, 2);
+    seen += out[other] == step;
+    team_barrier(arrivals + team, 2);
+  }
+  if (threadIdx.x == 0) out[4 + blockIdx.x] = seen;
+}
+
 // What a thread sees of two groups of copies, the second of zeros: before a wait, after one for the first group, and
 // after one for both.
 __global__ void copies(int* out) {
@@ -180,7 +195,7 @@ __global__ void half_a_cluster_waits(int*) {
 
 struct Probe {
   void (*kernel)(int*);
-  unsigned blocks, threads, cluster;
+  unsigned blocks, threads, together;
 };
 
 }  // namespace
@@ -197,6 +212,8 @@ void simt_probe(const std::string& name, int* out) {
       {"votes_of_a_block", {votes_of_a_block, 1, 64, 1}},
       {"atomics", {atomics, 2, 64, 1}},
       {"cluster_neighbours", {cluster_neighbours, 8, 64, 4}},
+      {"teams", {teams, 4, 64, 4}},
+      {"teams_of_lone_blocks", {teams, 4, 64, 1}},
       {"copies", {copies, 1, 64, 1}},
       {"tensor_cores", {tensor_cores, 1, 64, 1}},
       {"misaligned_copy", {misaligned_copy, 1, 32, 1}},
@@ -209,5 +226,5 @@ void simt_probe(const std::string& name, int* out) {
       {"half_a_cluster_waits", {half_a_cluster_waits, 2, 32, 2}},
   };
   const Probe& p = probes.at(name);
-  simt::run(p.blocks, p.threads, 64 * sizeof(int), p.cluster, [&] { p.kernel(out); });
+  simt::run(p.blocks, p.threads, 64 * sizeof(int), p.together, [&] { p.kernel(out); });
 }

@@ -29,7 +29,7 @@ namespace {
 
 // ------------------------------------------------------------------------------------------------- threads and blocks
 
-enum class State { kReady, kAtBlockBarrier, kAtCollective, kAtClusterBarrier, kExited };
+enum class State { kReady, kAtBlockBarrier, kAtCollective, kAtTeamBarrier, kExited };
 
 struct Copy {
   void* to;
@@ -42,6 +42,8 @@ struct Thread {
   State state = State::kReady;
   dim3 index;
   Site site{};
+  const void* team = nullptr;  // whose barrier it waits at, of so many blocks
+  unsigned team_blocks = 0;
   unsigned mask = 0;
   uint64_t deposit = 0;
   bool predicate = false;
@@ -222,14 +224,22 @@ std::string who_waits_where(const Block& block) {
   return out.substr(0, out.size() - 2);
 }
 
-void release_cluster_barrier() {
+// Teams whose blocks have all come, with all their threads.
+void release_team_barriers() {
+  std::map<const void*, std::vector<Block*>> teams;
   for (const auto& block : machine.cluster) {
-    for (const Thread& t : block->threads) {
-      if (t.state != State::kAtClusterBarrier) return;
+    const void* const team = block->threads[0].team;
+    if (std::all_of(block->threads.begin(), block->threads.end(), [&](const Thread& t) {
+          return t.state == State::kAtTeamBarrier && t.team == team;
+        })) {
+      teams[team].push_back(block.get());
     }
   }
-  for (const auto& block : machine.cluster) {
-    for (Thread& t : block->threads) block->ready(t);
+  for (const auto& [team, members] : teams) {
+    if (members.size() < members[0]->threads[0].team_blocks) continue;
+    for (Block* block : members) {
+      for (Thread& t : block->threads) block->ready(t);
+    }
   }
 }
 
@@ -288,7 +298,7 @@ void run_cluster(dim3 shape, size_t dynamic_bytes) {
       changed.notify_all();
       changed.wait(lock, [&] { return turn == -1; });
     }
-    release_cluster_barrier();
+    release_team_barriers();
   }
   {
     const std::lock_guard lock(mutex);
@@ -428,15 +438,19 @@ int block_barrier(const Site& site, bool predicate) {
   return me.count;
 }
 
-void cluster_barrier(const Site& site) {
+void cluster_barrier(const Site& site) { team_barrier(site, nullptr, cluster_size()); }
+
+void team_barrier(const Site& site, const unsigned* team, unsigned blocks) {
   if (is_removed(site)) return;
   note(site);
-  wait(site, State::kAtClusterBarrier);
+  machine.thread->team = team;
+  machine.thread->team_blocks = blocks;
+  wait(site, State::kAtTeamBarrier);
   yield();
 }
 
-void run(dim3 grid, dim3 block, size_t dynamic_bytes, unsigned cluster, const std::function<void()>& thread) {
-  if (cluster == 0 || cluster > 16 || grid.x % cluster != 0) {
+void run(dim3 grid, dim3 block, size_t dynamic_bytes, unsigned together, const std::function<void()>& thread) {
+  if (together == 0 || together > 16 || grid.x % together != 0) {
     throw std::runtime_error("simt: the grid is no multiple of the cluster, or that has more than 16 blocks");
   }
   gridDim = grid;
@@ -444,13 +458,13 @@ void run(dim3 grid, dim3 block, size_t dynamic_bytes, unsigned cluster, const st
   machine.body = &thread;
   machine.error.clear();
   const size_t per_block = size_t{block.x} * block.y * block.z;
-  while (machine.stacks.size() < per_block * cluster) machine.stacks.push_back(std::make_unique<Stack>());
+  while (machine.stacks.size() < per_block * together) machine.stacks.push_back(std::make_unique<Stack>());
   machine.cluster.clear();
-  for (unsigned r = 0; r < cluster; ++r) machine.cluster.push_back(std::make_unique<Block>());
+  for (unsigned r = 0; r < together; ++r) machine.cluster.push_back(std::make_unique<Block>());
 
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
-  for (uint64_t first = 0; first < blocks; first += cluster) {
-    for (unsigned r = 0; r < cluster; ++r) {
+  for (uint64_t first = 0; first < blocks; first += together) {
+    for (unsigned r = 0; r < together; ++r) {
       Block& b = *machine.cluster[r];
       const auto number = static_cast<unsigned>(first) + r;
       b.rank = r;

@@ -4,8 +4,8 @@
 //
 // What it does
 //   - every thread of a block is a fiber, which runs until it waits: at a block barrier, a warp collective, a cluster
-//     barrier. Blocks run one after the other; those of a cluster run together and can reach each other's shared
-//     memory.
+//     barrier. Blocks run one after the other; those of a cluster, or of a cooperative launch, run together and can
+//     reach each other's shared memory.
 //   - which thread goes on is drawn from a seed: odd seeds let one favoured thread run as far ahead as it can, even
 //   ones
 //     draw anew every time. A missing barrier is therefore a wrong result under some seed.
@@ -20,7 +20,8 @@
 // What it does not
 //   - threads switch only where they wait, so a loop that spins until another thread writes would never end, and a race
 //     between two writes without a barrier in between shows only in their order.
-//   - memory is sequentially consistent, and grids larger than one cluster cannot wait for each other.
+//   - memory is sequentially consistent, and at most 16 blocks run together.
+//   - under AddressSanitizer blocks that run together share their static shared memory, so they use dynamic only.
 #pragma once
 
 #include <math.h>
@@ -79,6 +80,7 @@ const Deposits& exchange(
 // Waits for the block, and returns for how many of its threads `predicate` holds.
 int block_barrier(const Site& site, bool predicate);
 void cluster_barrier(const Site& site);
+void team_barrier(const Site& site, const unsigned* team, unsigned blocks);  // by so many blocks, which name the same
 // A copy of this thread's (zeros where `from` is null), which belongs to the group that end_copies() ends;
 // await_copies() brings all but the last `pending` groups.
 void copy_async(void* to, const void* from, size_t bytes);
@@ -92,7 +94,7 @@ unsigned cluster_size();
 void* dynamic_shared();
 void* shared_of(void* mine, unsigned rank);  // the same variable in another block of the cluster; dynamic shared memory
 
-void run(dim3 grid, dim3 block, size_t dynamic_bytes, unsigned cluster, const std::function<void()>& thread);
+void run(dim3 grid, dim3 block, size_t dynamic_bytes, unsigned together, const std::function<void()>& thread);
 
 // For tests.
 void set_seed(uint64_t seed);
@@ -249,11 +251,12 @@ inline cudaError_t cudaMemsetAsync(void* at, int byte, size_t count, cudaStream_
   return cudaSuccess;
 }
 
-enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension, cudaLaunchAttributeCooperative };
 union cudaLaunchAttributeValue {
   struct {
     unsigned x, y, z;
   } clusterDim;
+  int cooperative;
 };
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
@@ -275,6 +278,18 @@ cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int bytes) {
   return static_cast<size_t>(bytes) <= kSimtMostShared ? cudaSuccess : cudaErrorInvalidValue;
 }
 
+// A small device, whose multiprocessors hold a block each.
+constexpr int kSimtMultiprocessors = 5;
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  return *value = kSimtMultiprocessors, cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, int, size_t shared) {
+  return *blocks = shared <= kSimtMostShared, cudaSuccess;
+}
+
 template <class... Params, class... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Args&&... args) {
   const dim3 grid = config->gridDim, block = config->blockDim;
@@ -282,7 +297,12 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     return cudaErrorInvalidConfiguration;
   if (block.x * block.y * block.z == 0 || block.x * block.y * block.z > 1024) return cudaErrorInvalidConfiguration;
   if (config->dynamicSmemBytes > kSimtMostShared) return cudaErrorInvalidValue;
-  const unsigned cluster = config->numAttrs > 0 ? config->attrs[0].val.clusterDim.x : 1;
-  simt::run(grid, block, config->dynamicSmemBytes, cluster, [&] { kernel(static_cast<Params>(args)...); });
+  unsigned together = 1;
+  for (unsigned a = 0; a < config->numAttrs; ++a) {
+    const auto& [id, value] = config->attrs[a];
+    together = id == cudaLaunchAttributeClusterDimension ? value.clusterDim.x : grid.x;
+    if (id == cudaLaunchAttributeCooperative && grid.x > kSimtMultiprocessors) return cudaErrorInvalidValue;
+  }
+  simt::run(grid, block, config->dynamicSmemBytes, together, [&] { kernel(static_cast<Params>(args)...); });
   return cudaSuccess;
 }

@@ -88,6 +88,10 @@ def test_the_blocks_of_a_cluster_reach_each_others_shared_memory(seed):
     assert probe("cluster_neighbours")[:16] == [v for block in ring for v in (block, 100 + block)]
 
 
+def test_teams_of_blocks_wait_for_each_other(seed):
+    assert probe("teams")[4:8] == [4, 4, 8, 8]
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [
@@ -100,6 +104,7 @@ def test_the_blocks_of_a_cluster_reach_each_others_shared_memory(seed):
         ("misaligned_copy", r"cp_async at probes\.cu:\d+ is misaligned"),
         ("reads_an_unnamed_lane", r"__shfl_sync at probes\.cu:\d+ reads a lane that its mask does not name"),
         ("barrier_against_shuffle", r"deadlock: .*16 threads.*__shfl_sync at .*16 threads.*__syncthreads at"),
+        ("teams_of_lone_blocks", r"deadlock: block \(0, 0, 0\): 64 threads, .* wait in team_barrier at probes\.cu"),
         ("half_a_cluster_waits", r"deadlock: block \(1, 0, 0\): 32 threads, .* wait in cluster barrier at probes\.cu"),
     ],
 )  # fmt: skip

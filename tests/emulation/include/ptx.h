@@ -75,6 +75,10 @@ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, SIMT_A
   });
 }
 
+inline void team_barrier(unsigned* arrivals, unsigned blocks, SIMT_AT) {
+  simt::team_barrier(SIMT_SITE, arrivals, blocks);
+}
+
 inline uint32_t to_tf32(float v) {
   const unsigned bits = __float_as_uint(v);
   return v - v == 0.0f ? (bits + 0x1000u) & ~0x1fffu : bits;
