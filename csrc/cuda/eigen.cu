@@ -1,5 +1,7 @@
 #include "eigen.h"
 
+#include <algorithm>
+
 #include "tridiagonal.cuh"
 
 namespace lvtp::cuda {
@@ -7,9 +9,10 @@ namespace {
 
 // T of trace 1. Equal eigenvalues have no vectors of their own; noise far below the accuracy of the matrix tells them
 // apart, so that they get different ones, and the same in every run. It also couples all rows. A thread a row.
-__global__ void __launch_bounds__(kMostThreads) separate(double* matrices, double* forms, int64_t rows, int n) {
+__global__ void __launch_bounds__(kMostThreads)
+    separate(const int* settled, double* matrices, double* forms, int64_t rows, int n) {
   const int64_t at = static_cast<int64_t>(blockIdx.x) * kMostThreads + threadIdx.x;
-  if (at >= rows) return;
+  if (at >= rows || is_settled(settled, at / n)) return;
   const Form f(matrices, forms, at / n, n);
   const int i = static_cast<int>(at % n);
   auto bits = static_cast<uint32_t>(i) + 1u;
@@ -45,8 +48,9 @@ __device__ int below(const double* __restrict__ diagonal, const double* __restri
 constexpr int kPoints = 256, kRounds = 7;  // 257^7 > 2^56
 
 // The eigenvalue number blockIdx.x % count, counted from the largest: a block tries kPoints values at once.
-__global__ void __launch_bounds__(kPoints)
-    find_eigenvalues(double* matrices, double* forms, int n, int count, double* __restrict__ values) {
+__global__ void __launch_bounds__(kPoints) find_eigenvalues(
+    const int* settled, double* matrices, double* forms, int n, int count, double* __restrict__ values) {
+  if (is_settled(settled, blockIdx.x / count)) return;
   const Form f(matrices, forms, blockIdx.x / count, n);
   const int rank = n - 1 - static_cast<int>(blockIdx.x % count);  // counted from the smallest
   double lower = -0.01, width = 1.02;
@@ -61,8 +65,9 @@ __global__ void __launch_bounds__(kPoints)
 // z of length 1, for which (T - value) z is zero but for one row, the one where what is left over is smallest (the
 // twist). `pivots` [2, n]: those of L D L^T, from the top, and of U D U^T, from the bottom. A warp a vector.
 __global__ void __launch_bounds__(32) find_vectors(
-    double* matrices, double* forms, int n, int count, const double* __restrict__ values, double* pivots,
-    double* vectors) {
+    const int* settled, double* matrices, double* forms, int n, int count, const double* __restrict__ values,
+    double* pivots, double* vectors) {
+  if (is_settled(settled, blockIdx.x / count)) return;
   const Form f(matrices, forms, blockIdx.x / count, n);
   const double *diagonal = f.diagonal(), *beside = f.beside(), value = values[blockIdx.x];
   double* const down = pivots + static_cast<int64_t>(blockIdx.x) * 2 * n;
@@ -118,7 +123,8 @@ constexpr int kTogether = 4, kThreads = 128, kBatch = 4;
 // Q z for each vector: the reflectors in turn, kTogether at a time, whose products with each other say what one takes
 // from the next. A block a vector, of which each thread has elements of its own.
 __global__ void __launch_bounds__(kThreads)
-    reflect(double* matrices, double* forms, int n, int count, double* __restrict__ vectors) {
+    reflect(const int* settled, double* matrices, double* forms, int n, int count, double* __restrict__ vectors) {
+  if (is_settled(settled, blockIdx.x / count)) return;
   const Form f(matrices, forms, blockIdx.x / count, n);
   double* const z = vectors + static_cast<int64_t>(blockIdx.x) * n;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -174,28 +180,45 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-int64_t leading_eigenvectors_workspace(int64_t images, int64_t n, int64_t count) {
-  return images * (Form::size(n) + count + count * 2 * n) * static_cast<int64_t>(sizeof(double));
+// The blocks that share an image's steps: about one row a warp, as many as are there at a time.
+static cudaError_t launch_tridiagonalise(
+    const int* settled, double* matrices, double* forms, int64_t images, int n, unsigned* arrivals,
+    cudaStream_t stream) {
+  constexpr size_t kShared = sizeof(StepShared);
+  if (n <= kAlone) {
+    const unsigned grid = blocks(images);
+    return launch(
+        tridiagonalise, grid, kMostThreads, kShared, stream, settled, matrices, forms, images, n, 1, arrivals);
+  }
+  int64_t room = 0;
+  LVTP_TRY(blocks_at_a_time(tridiagonalise, kMostThreads, kShared, room));
+  const Teams teams = teams_of(room, images, std::min<int64_t>(ceil_div(n, kMostWarps), kMostParts));
+  LVTP_TRY(cudaMemsetAsync(arrivals, 0, teams.count * sizeof(unsigned), stream));
+  return launch_together(
+      tridiagonalise, teams.blocks(), kMostThreads, kShared, stream, settled, matrices, forms, images, n, teams.parts,
+      arrivals);
 }
 
-cudaError_t leading_eigenvectors(
-    double* matrices, int64_t images, int64_t n, int64_t count, void* workspace, double* vectors, cudaStream_t stream) {
+int64_t direct_eigenvectors_workspace(int64_t images, int64_t n, int64_t count) {
+  return images * (Form::size(n) + count + count * 2 * n + 1) * static_cast<int64_t>(sizeof(double));
+}
+
+cudaError_t direct_eigenvectors(
+    const int* settled, double* matrices, int64_t images, int64_t n, int64_t count, void* workspace, double* vectors,
+    cudaStream_t stream) {
   const auto rows = static_cast<int>(n), wanted = static_cast<int>(count);
   auto* forms = static_cast<double*>(workspace);
   double* values = forms + images * Form::size(n);
   double* pivots = values + images * count;
-  LVTP_TRY(launch(begin, blocks(images), kMostThreads, 0, stream, matrices, forms, rows));
-  int k = rows - 1;
-  for (; k > kAlone; --k) {
-    const unsigned grid = blocks(images * parts_of(k));
-    LVTP_TRY(launch(tridiagonalise<32>, grid, kRowsAPart * 32, 0, stream, matrices, forms, rows, k, k));
-  }
-  LVTP_TRY(launch(tridiagonalise<8>, blocks(images), kMostThreads, 0, stream, matrices, forms, rows, k, 0));
+  auto* arrivals = reinterpret_cast<unsigned*>(pivots + images * count * 2 * n);
+  LVTP_TRY(launch(begin, blocks(images), kMostThreads, 0, stream, settled, matrices, forms, rows));
+  LVTP_TRY(launch_tridiagonalise(settled, matrices, forms, images, rows, arrivals, stream));
   const unsigned by_row = blocks(ceil_div(images * n, kMostThreads)), by_vector = blocks(images * count);
-  LVTP_TRY(launch(separate, by_row, kMostThreads, 0, stream, matrices, forms, images * n, rows));
-  LVTP_TRY(launch(find_eigenvalues, by_vector, kPoints, 0, stream, matrices, forms, rows, wanted, values));
-  LVTP_TRY(launch(find_vectors, by_vector, 32, 0, stream, matrices, forms, rows, wanted, values, pivots, vectors));
-  return launch(reflect, by_vector, kThreads, 0, stream, matrices, forms, rows, wanted, vectors);
+  LVTP_TRY(launch(separate, by_row, kMostThreads, 0, stream, settled, matrices, forms, images * n, rows));
+  LVTP_TRY(launch(find_eigenvalues, by_vector, kPoints, 0, stream, settled, matrices, forms, rows, wanted, values));
+  LVTP_TRY(
+      launch(find_vectors, by_vector, 32, 0, stream, settled, matrices, forms, rows, wanted, values, pivots, vectors));
+  return launch(reflect, by_vector, kThreads, 0, stream, settled, matrices, forms, rows, wanted, vectors);
 }
 
 }  // namespace lvtp::cuda

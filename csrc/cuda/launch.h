@@ -42,7 +42,19 @@ cudaError_t blocks_at_a_time(void (*kernel)(Params...), unsigned threads, size_t
   LVTP_TRY(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
   LVTP_TRY(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, static_cast<int>(threads), shared));
   count = int64_t{each} * multiprocessors;
-  return cudaSuccess;
+  return count > 0 ? cudaSuccess : cudaErrorInvalidConfiguration;
+}
+
+// Blocks in teams of `parts`, at most `most`, each team for every count-th image; `room` is at least 1.
+struct Teams {
+  int64_t count;
+  int parts;
+  unsigned blocks() const { return static_cast<unsigned>(count * parts); }
+};
+inline Teams teams_of(int64_t room, int64_t images, int64_t most) {
+  const int64_t each = images < room ? room / images : 1;
+  const int64_t parts = each < most ? each : most;
+  return {images < room / parts ? images : room / parts, static_cast<int>(parts)};
 }
 
 // A launch of at most so many blocks, which are all there at a time: team_barrier() (ptx.cuh) is for them.

@@ -3,19 +3,18 @@
 
 #include "device.cuh"
 #include "eigen.h"
+#include "ptx.cuh"
 
 namespace lvtp::cuda {
 namespace {
 
-constexpr int kMostWarps = 16, kMostThreads = 32 * kMostWarps;
+constexpr int kMostWarps = 8, kMostThreads = 32 * kMostWarps;
 constexpr int kMostParts = 128;  // blocks that share a step
-constexpr int kAlone = 128;      // rows from which on one block takes all steps: nothing is launched between them
-constexpr int kRowsAPart = 8;    // a warp each, before
+constexpr int kAlone = 128;      // rows from which on one block takes all steps: nobody waits for another block then
 
-// The blocks that share step k of Householder's form.
-LVTP_HD int parts_of(int k) {
-  const int parts = (k + kRowsAPart - 1) / kRowsAPart;
-  return k <= kAlone ? 1 : parts < kMostParts ? parts : kMostParts;
+// Images whose vectors are known already are left out. `settled` may be null.
+__device__ inline bool is_settled(const int* settled, int64_t image) {
+  return settled != nullptr && settled[image] != 0;
 }
 
 // One image's matrix C, and what becomes of it.
@@ -39,7 +38,8 @@ struct Form {
 };
 
 // The trace, and zeros for the step that the first one looks back on. A block an image.
-__global__ void __launch_bounds__(kMostThreads) begin(double* matrices, double* forms, int n) {
+__global__ void __launch_bounds__(kMostThreads) begin(const int* settled, double* matrices, double* forms, int n) {
+  if (is_settled(settled, blockIdx.x)) return;
   const Form f(matrices, forms, blockIdx.x, n);
   __shared__ double warps[kMostWarps];
   double sum = 0.0;
@@ -106,20 +106,23 @@ __device__ double update_row(const Step& s, int i, double* __restrict__ mine) {
   return sum;
 }
 
-// kLanes threads a row.
+struct StepShared {
+  double squares[kMostWarps], products[kMostWarps];
+};
+
+// kLanes threads a row. `before`: how many parts the step before had.
 template <int kLanes>
-__device__ void take_step(
-    const Form& f, int k, int part, double (&squares)[kMostWarps], double (&products)[kMostWarps]) {
+__device__ void take_step(const Form& f, int k, int part, int parts, int before, StepShared& shared) {
   const int threads = static_cast<int>(blockDim.x);
   Step s{f.reflector(k + 1), f.product(k + 1), f.row(k), k, 0.0, 0.0, 0.0, 0.0, 0.0};
-  for (int p = threadIdx.x % 32; p < parts_of(k + 1); p += 32) s.half += f.partial(k + 1)[p];
+  for (int p = threadIdx.x % 32; p < before; p += 32) s.half += f.partial(k + 1)[p];
   s.half = warp_sum(s.half) / 2;
   s.hk = s.h[k];
   s.wk = s.y[k] - s.half * s.hk;
 
   double square = 0.0;
   for (int j = threadIdx.x; j < k - 1; j += threads) square += s.column(j).left * s.column(j).left;
-  square = block_sum(square, squares);
+  square = block_sum(square, shared.squares);
   // A row whose square is negligible is rounding, as all are of a matrix of low rank after a few steps: u = 0 then.
   const double rounding = 2e-19 * f.trace(), last = k > 0 ? s.column(k - 1).left : 0.0;
   const bool nothing = square <= rounding * rounding;
@@ -136,7 +139,7 @@ __device__ void take_step(
 
   const int rows = threads / kLanes;
   double product = 0.0;
-  for (int first = part * rows; first < k; first += parts_of(k) * rows) {
+  for (int first = part * rows; first < k; first += parts * rows) {
     const int i = first + static_cast<int>(threadIdx.x) / kLanes;
     const double sum = sum_of_lanes<kLanes>(i < k ? update_row<kLanes>(s, i, f.row(i)) : 0.0);
     if (i < k && threadIdx.x % kLanes == 0) {
@@ -144,20 +147,28 @@ __device__ void take_step(
       product += s.u(i, s.column(i)) * sum;
     }
   }
-  product = block_sum(product, products);
+  product = block_sum(product, shared.products);
   if (threadIdx.x == 0) f.partial(k)[part] = product;
 }
 
-// Steps first, first - 1, ..., last, by parts_of(first) blocks an image: several of them take one step.
-template <int kLanes>
-__global__ void __launch_bounds__(kMostThreads)
-    tridiagonalise(double* matrices, double* forms, int n, int first, int last) {
-  const int parts = parts_of(first);
-  const Form f(matrices, forms, blockIdx.x / parts, n);
-  __shared__ double squares[kMostWarps], products[kMostWarps];
-  for (int k = first; k >= last; --k) {
-    take_step<kLanes>(f, k, static_cast<int>(blockIdx.x % parts), squares, products);
-    __syncthreads();  // the step is complete
+// All steps, of each image by a team of `parts` blocks, which wait for each other: one launch where there would be n.
+// What the next step reads of this one lies in global memory, so the barrier's is the only wait.
+__global__ void __launch_bounds__(kMostThreads) tridiagonalise(
+    const int* settled, double* matrices, double* forms, int64_t images, int n, int parts, unsigned* arrivals) {
+  auto& shared = *reinterpret_cast<StepShared*>(dynamic_shared());
+  const int part = static_cast<int>(blockIdx.x) % parts, team = static_cast<int>(blockIdx.x) / parts;
+  for (int64_t image = team; image < images; image += gridDim.x / parts) {
+    if (is_settled(settled, image)) continue;  // the whole team
+    const Form f(matrices, forms, image, n);
+    int k = n - 1, before = kMostParts;
+    for (; parts > 1 && k > kAlone; --k, before = parts) {
+      take_step<32>(f, k, part, parts, before, shared);
+      team_barrier(arrivals + team, parts);  // the step is complete
+    }
+    for (; part == 0 && k >= 0; --k, before = 1) {
+      take_step<8>(f, k, 0, 1, before, shared);
+      __syncthreads();  // the step is complete
+    }
   }
 }
 

@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "../../csrc/cuda/eigen.h"
 #include "../../csrc/cuda/kernels.h"
 #include "probes.h"
 
@@ -43,6 +44,8 @@ PYBIND11_MODULE(MODULE_NAME, m) {
   m.def("mean_similarity_workspace", &mean_similarity_workspace);
   m.def("greedy_suppression_workspace", &greedy_suppression_workspace);
   m.def("cluster_nms_workspace", &cluster_nms_workspace);
+  m.def("eigen_matrix_size", &eigen_matrix_size);
+  m.def("leading_eigenvectors_workspace", &leading_eigenvectors_workspace);
   m.def("id_selection_workspace", &id_selection_workspace);
   m.def("psca_workspace", &psca_workspace);
   m.def("prune_sid_workspace", &prune_sid_workspace);
@@ -84,6 +87,12 @@ PYBIND11_MODULE(MODULE_NAME, m) {
         check(psca(
             at<void>(x), dtype(type), at<bool>(mask), b, n, d, groups, over_features, at<void>(workspace),
             at<int64_t>(labels), at<float>(loadings), nullptr));
+      });
+  m.def(
+      "leading_eigenvectors",
+      [](Address matrices, int64_t b, int64_t n, int64_t count, Address workspace, Address vectors) {
+        check(
+            leading_eigenvectors(at<double>(matrices), b, n, count, at<void>(workspace), at<double>(vectors), nullptr));
       });
   m.def(
       "prune_sid", [](Address x, const std::string& type, Address importance, Address labels, Address mask, int64_t b,

@@ -109,6 +109,18 @@ def psca(features, groups, center="feature", mask=None):
     return labels, loadings
 
 
+def leading_eigenvectors(matrices, count):
+    """Vectors [B, count, N] of matrices [B, N, N] in float64, and for which images the direct way was taken, which is
+    the one that overwrites its matrix."""
+    b, n, _ = matrices.shape
+    space = torch.full((b, module().eigen_matrix_size(n)), -7.0, dtype=torch.float64)
+    space[:, : n * n] = matrices.flatten(1)
+    vectors = torch.full((b, count, n), -7.0, dtype=torch.float64)
+    with _Workspace(module().leading_eigenvectors_workspace(b, n, count)) as workspace:
+        module().leading_eigenvectors(_address(space), b, n, count, workspace, _address(vectors))
+    return vectors, (space[:, : n * n] != matrices.flatten(1)).any(1)
+
+
 def prune_sid(features, importance, n, reserved=0, center="feature", labels=None, mask=None):
     b, tokens, d = features.shape
     x, m, group = _contiguous(features), _contiguous(mask), _contiguous(labels)

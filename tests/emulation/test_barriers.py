@@ -40,6 +40,10 @@ def work():
     deep = clustered_features(1, 70, 200)  # seven stages, in four buffers
     deep[0, ::9] *= 1e30
     noise = torch.randn(1, 35, 60, generator=torch.Generator().manual_seed(0))  # eigenvalues close to each other
+    wide_noise = torch.randn(1, 131, 140, generator=torch.Generator().manual_seed(2))  # blocks wait for each other
+    falling = torch.diag(torch.arange(256.0, 0, -1, dtype=torch.float64) ** 3)
+    rotated = torch.eye(256, dtype=torch.float64) - 2 / 256  # a reflection: every row takes part
+    matrix = (rotated @ falling @ rotated)[None]
     frames = torch.rand(70, 9, 6, generator=torch.Generator().manual_seed(1))
     return {
         "cosine_similarity": lambda: kernels.cosine_similarity(deep),
@@ -49,6 +53,8 @@ def work():
         "id_selection": lambda: kernels.id_selection(x, scores * 50 - 3, 20),
         "psca": lambda: kernels.psca(noise, 2)[1],
         "eigen": lambda: kernels.psca(noise, 2, "token")[1],
+        "tridiagonal": lambda: kernels.psca(wide_noise, 2, "token")[1],
+        "subspace": lambda: kernels.leading_eigenvectors(matrix, 2)[0],
         "prune_sid": lambda: kernels.prune_sid(many, many_scores, 99, labels=groups),
         "dynamic_budget": lambda: kernels.dynamic_budget(frames, 300),
         "id_selection, by rows": lambda: kernels.id_selection(wide, wide_scores, 3),
