@@ -49,6 +49,7 @@ __device__ double noise(uint32_t at) {
 template <int kColumns>
 __device__ bool orthonormalise(const Part& t, Space<kColumns>& s, unsigned* arrivals, Shared<kColumns>& shared) {
   double least = 0.0;
+#pragma unroll 1
   for (int turn = 0; turn < 2 && least < 1e-6; ++turn) {  // again where rounding has left them far from orthonormal
     Cross<kColumns>::enter(t, s.x, s.x, s.pieces, shared);
     team_barrier(arrivals, t.parts);  // the products are complete
@@ -62,10 +63,11 @@ __device__ bool orthonormalise(const Part& t, Space<kColumns>& s, unsigned* arri
   return true;
 }
 
-// The eigenvalue at which the polynomial of this degree, small below `low`, has the value `growth`.
+// The eigenvalue at which the polynomial of this degree, small below `low`, has the value `growth`, nearly.
 __device__ double eigenvalue_of(double growth, int degree, double low) {
-  const double at = growth > 1.0 ? cosh(acosh(growth) / degree) : cos(acos(growth) / degree);
-  return low * (at + 1.0) / 2.0;
+  const double angle = growth > 1.0 ? acosh(growth) / degree : acos(growth) / degree;
+  const double square = angle * angle;  // cos by three terms, as that of the library wants local memory
+  return low * ((growth > 1.0 ? cosh(angle) : 1.0 - square / 2.0 + square * square / 24.0) + 1.0) / 2.0;
 }
 
 // x <- T(G) x, T Chebyshev's polynomial on [0, low].
@@ -74,6 +76,7 @@ __device__ void filter(
     const Part& t, Space<kColumns>& s, double low, int degree, unsigned* arrivals, Shared<kColumns>& shared) {
   multiply(t, s.x, 2.0 / low, -1.0, 0.0, s.y, shared);
   team_barrier(arrivals, t.parts);  // the product is complete
+#pragma unroll 1
   for (int i = 1; i < degree; ++i) {
     s.swap();
     multiply(t, s.x, 4.0 / low, -2.0, -1.0, s.y, shared);
@@ -92,6 +95,7 @@ __device__ bool iterate(const Part& t, Space<kColumns>& s, int count, unsigned* 
     for (int e = threadIdx.x; e < end; e += kStepThreads) s.x[first * kSize + e] = noise(first * kSize + e);
   }
   team_barrier(arrivals, t.parts);  // the noise is complete
+#pragma unroll 1
   for (int turn = 0; turn < 2; ++turn) {
     multiply(t, s.x, 1.0, 0.0, 0.0, s.y, shared);
     team_barrier(arrivals, t.parts);  // the product is complete
@@ -100,11 +104,13 @@ __device__ bool iterate(const Part& t, Space<kColumns>& s, int count, unsigned* 
   }
   const auto smallest = [&](int from, int to) {
     double v = shared.growth[from];
+#pragma unroll 4
     for (int c = from + 1; c < to; ++c) v = fmin(v, shared.growth[c]);
     return v;
   };
   const auto largest = [&](int from) {
     double v = shared.growth[from];
+#pragma unroll 4
     for (int c = from + 1; c < kSize; ++c) v = fmax(v, shared.growth[c]);
     return v;
   };

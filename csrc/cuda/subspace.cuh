@@ -30,8 +30,8 @@ struct Shared {
     } own;  // of orthonormalise
   };
   double row[2][kSize], column[2][kSize];  // of the pivot, for this step and the next
-  double scale[kSize], pivot[kSize];
-  double growth[kSize];  // the diagonal of R
+  double scale[kSize], unit[kSize];        // unit: 1 over the root of the pivot
+  double growth[kSize];                    // the diagonal of R
 };
 
 // out = alpha G in + beta in + gamma out, rows of this block. The warps share the sum over k; a lane has half a strip's
@@ -43,7 +43,7 @@ __device__ void multiply(
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, column = lane % 16, half = lane / 16 * kRows;
   for (int first = t.part * kStrip; first < t.n; first += t.parts * kStrip) {
     double sum[kRows][kColumns] = {};
-#pragma unroll 4
+#pragma unroll(12 / kColumns)
     for (int k = warp; k < t.n; k += kStepWarps) {
       const double* const g = t.matrix + static_cast<int64_t>(k) * t.n + first + half;
       const double* const v = in + static_cast<int64_t>(k) * kSize + column;
@@ -125,8 +125,13 @@ template <int kColumns>
 __device__ double invert_factor(const double* pieces, Shared<kColumns>& shared) {
   constexpr int kSize = 16 * kColumns, kDown = kSize / kStepWarps, kAcross = (kSize + 31) / 32;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  auto& product = shared.own.factor;  // until the factor takes its place
+  for (int e = threadIdx.x; e < kSize * kSize; e += kStepThreads) {
+    product[e / kSize][e % kSize] = Cross<kColumns>::element(pieces, e / kSize, e % kSize);
+  }
+  __syncthreads();  // x^T x is there
   for (int i = threadIdx.x; i < kSize; i += kStepThreads) {
-    const double square = Cross<kColumns>::element(pieces, i, i);
+    const double square = product[i][i];
     shared.scale[i] = square > 0.0 ? 1.0 / sqrt(square) : 0.0;
   }
   __syncthreads();  // all scales are known
@@ -136,10 +141,11 @@ __device__ double invert_factor(const double* pieces, Shared<kColumns>& shared) 
 #pragma unroll
     for (int q = 0; q < kAcross; ++q) {
       const int i = warp + kStepWarps * p, j = lane + 32 * q;
-      v[p][q] = j < kSize ? Cross<kColumns>::element(pieces, i, j) * shared.scale[i] * shared.scale[j] : 0.0;
+      v[p][q] = j < kSize ? product[i][j] * shared.scale[i] * shared.scale[j] : 0.0;
     }
   }
   double least = 1.0;
+#pragma unroll 1
   for (int k = 0; k < kSize; ++k) {
     double *const row = shared.row[k % 2], *const column = shared.column[k % 2];
 #pragma unroll
@@ -155,11 +161,12 @@ __device__ double invert_factor(const double* pieces, Shared<kColumns>& shared) 
     const double pivot = column[k];
     if (!(pivot > 1e-14)) return 0.0;  // the whole team
     least = fmin(least, pivot);
-    if (threadIdx.x == 0) shared.pivot[k] = pivot;
+    if (threadIdx.x == 0) shared.unit[k] = 1.0 / sqrt(pivot);
+    const double inverse = 1.0 / pivot;
 #pragma unroll
     for (int p = 0; p < kDown; ++p) {
       const int i = warp + kStepWarps * p;
-      const double f = i > k ? column[i] / pivot : 0.0;
+      const double f = i > k ? column[i] * inverse : 0.0;
 #pragma unroll
       for (int q = 0; q < kAcross; ++q) {
         const int j = lane + 32 * q;
@@ -178,12 +185,11 @@ __device__ double invert_factor(const double* pieces, Shared<kColumns>& shared) 
     for (int q = 0; q < kAcross; ++q) {
       const int i = warp + kStepWarps * p, j = lane + 32 * q;
       if (j >= kSize) continue;
-      const double length = sqrt(shared.pivot[i]);
-      shared.own.factor[j][i] = j > i ? 0.0 : (j < i ? v[p][q] : 1.0) * shared.scale[j] / length;
-      if (i == j) shared.growth[i] = length / shared.scale[i];
+      shared.own.factor[j][i] = j > i ? 0.0 : (j < i ? v[p][q] : 1.0) * shared.scale[j] * shared.unit[i];
     }
   }
   __syncthreads();  // the factor is complete
+  if (threadIdx.x < kSize) shared.growth[threadIdx.x] = 1.0 / shared.own.factor[threadIdx.x][threadIdx.x];
   return least;
 }
 
