@@ -321,7 +321,7 @@ def test_subspace_iteration_finds_eigenvectors_that_stand_apart(spectrum, count)
         assert ((vector * exact).sum(-1).abs() > 0.9999).all()
 
 
-@pytest.mark.parametrize(("seed", "count"), [(0, 3), (1, 3), (2, 17)])
+@pytest.mark.parametrize(("seed", "count"), [(0, 3), (1, 3)])
 def test_what_iteration_cannot_find_is_found_directly(seed, count):
     """Eigenvalues that are equal, one rank less than wanted, nothing at all: in one launch with others."""
     kernels.module().set_seed(seed)
