@@ -49,7 +49,7 @@ class Family(ABC):
     scopes: ClassVar[tuple[str, ...]]  # what a budget can be counted over
     newlines: ClassVar[tuple[str, ...]] = ()  # policies for row-separator tokens, where it has them; default first
     default_positions: ClassVar[str] = "compact"
-    continues_by_itself: ClassVar[bool] = False  # whether the model knows where the positions after a prompt go on
+    continues_by_itself: ClassVar[bool] = False  # whether the model remembers where its latest prompt's positions go on
 
     @abstractmethod
     def check(self, model: PreTrainedModel, options: Options) -> None:

@@ -123,10 +123,12 @@ def check_continued_prompt(call: dict[str, Any]) -> None:
         )
 
 
-def continue_positions(call: dict[str, Any], must_be_known: bool) -> dict[str, Any]:
-    """The call with the position ids of a later turn, where those that transformers counts would be too low.
+def continue_positions(call: dict[str, Any], must_be_known: bool, from_latest: bool) -> dict[str, Any]:
+    """The call with the position ids of a later turn, where those that transformers counts may be wrong.
 
-    Raises ValueError for a cache that did not come from a pruned `generate` if where it goes on `must_be_known`.
+    Args:
+        must_be_known: raise ValueError for a cache that did not come from a pruned `generate`.
+        from_latest: the model counts on from its latest prompt, which need not be the one in the cache.
     """
     cache = filled_cache(call)
     if cache is None or call.get("position_ids") is not None:
@@ -137,7 +139,7 @@ def continue_positions(call: dict[str, Any], must_be_known: bool) -> dict[str, A
             "position_ids must be given with positions='original' and a past_key_values that did not come from a "
             "pruned generate: they go on from pruning.last.next_position"
         )
-    if known is None or not bool(known.skipped.any()):
+    if known is None or not (from_latest or bool(known.skipped.any())):
         return call
     ids, mask = call["input_ids"], call.get("attention_mask")
     if ids.shape[0] != known.skipped.shape[0]:

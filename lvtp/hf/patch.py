@@ -46,14 +46,15 @@ class Pruning:
     def _forward(self, model: PreTrainedModel, call: dict[str, Any]) -> dict[str, Any]:
         """The arguments for `model.forward` instead of `call`."""
         if not has_pixels(self._family, call):
-            return generation.continue_positions(call, self._positions_are_ours)
+            return self._continued(call)
         call, self.last = rewrite(model, self._family, call, self.options)
         return call
 
-    @property
-    def _positions_are_ours(self) -> bool:
-        """Whether the model alone would number a later turn wrongly."""
-        return self._family.positions(self.options) == "original" and not self._family.continues_by_itself
+    def _continued(self, call: dict[str, Any]) -> dict[str, Any]:
+        """A call without images, which may go on from a cache."""
+        by_itself = self._family.continues_by_itself
+        ours = self._family.positions(self.options) == "original" and not by_itself
+        return generation.continue_positions(call, must_be_known=ours, from_latest=by_itself)
 
     @torch.no_grad()
     def _generate(self, original: Callable, model: PreTrainedModel, call: dict[str, Any]):
@@ -61,7 +62,7 @@ class Pruning:
         positions = self._family.positions(self.options)
         if not has_pixels(self._family, call):
             generation.check_continued_prompt(call)
-            return original(**generation.continue_positions(call, self._positions_are_ours))
+            return original(**self._continued(call))
         generation.check_chunks(model, call)
         prompt = call.get("input_ids")
         call, self.last = rewrite(model, self._family, call, self.options, side="left")
