@@ -5,7 +5,7 @@ differs from family to family is a list of `Image`.
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,24 +26,54 @@ class Image:
 class Oracle:
     embeds: Tensor  # [B, S', D], padded on the left
     mask: Tensor  # [B, S']
-    positions: Tensor  # [B, S']
+    positions: Tensor  # [B, S'], or with more axes before
     kept: list[list[int]]  # row b: columns of the original prompt
+    next_position: list[int]  # row b: the position of the token after the prompt
 
     def logits(self, model):
-        return model(inputs_embeds=self.embeds, attention_mask=self.mask, position_ids=self.positions).logits
+        call = {"inputs_embeds": self.embeds, "attention_mask": self.mask, "position_ids": self.positions}
+        return model(**call, use_cache=False).logits
+
+    def loss(self, model, labels):
+        """Cross entropy of each token and the one before it; `labels` [B, S']."""
+        return torch.nn.functional.cross_entropy(self.logits(model)[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+    def going_on(self):
+        """[B, 1], or with more axes before: positions of the token after the prompt."""
+        return torch.tensor(self.next_position)[:, None]
+
+    def read(self, model, tokens):
+        """The oracle of the prompt and then `tokens` [B, n]."""
+        return replace(
+            self,
+            embeds=torch.cat([self.embeds, model.get_input_embeddings()(tokens)], dim=1),
+            mask=torch.cat([self.mask, torch.ones_like(tokens)], dim=1),
+            positions=torch.cat([self.positions, self.going_on() + torch.arange(tokens.shape[1])], dim=-1),
+            next_position=[position + tokens.shape[1] for position in self.next_position],
+        )
 
     def greedy(self, model, new):
         """[B, new], one uncached forward a token."""
-        embeds, mask, positions, tokens = self.embeds, self.mask, self.positions, []
+        oracle, tokens = self, []
         for _ in range(new):
-            logits = model(
-                inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
-            ).logits  # fmt: skip
-            tokens.append(logits[:, -1].argmax(-1, keepdim=True))
-            embeds = torch.cat([embeds, model.get_input_embeddings()(tokens[-1])], dim=1)
-            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-            positions = torch.cat([positions, positions[:, -1:] + 1], dim=1)
+            tokens.append(oracle.logits(model)[:, -1].argmax(-1, keepdim=True))
+            oracle = oracle.read(model, tokens[-1])
         return torch.cat(tokens, dim=1)
+
+    def generate(self, model, **kwargs):
+        """[R, new]: transformers' own generate."""
+        call = {"inputs_embeds": self.embeds.detach(), "attention_mask": self.mask, "position_ids": self.positions}
+        return model.generate(**call, **kwargs)
+
+    def repeat(self, times):
+        """The oracle of one prompt, that many times."""
+        return replace(
+            self,
+            embeds=self.embeds.repeat(times, 1, 1),
+            mask=self.mask.repeat(times, 1),
+            positions=self.positions.repeat_interleave(times, dim=-2),
+            next_position=self.next_position * times,
+        )
 
 
 def eager_attention(model, pixels, layer):
@@ -68,7 +98,7 @@ def assemble(model, inputs, images, positions="compact"):
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     queues = {token: list(of_kind) for token, of_kind in images.items()}
     slots = dict.fromkeys(queues, 0)
-    rows, places, kept = [], [], []
+    rows, places, kept, nexts = [], [], [], []
     for row in range(len(ids)):
         place = 0
         embeds, numbers, columns = [], [], []
@@ -93,13 +123,15 @@ def assemble(model, inputs, images, positions="compact"):
         rows.append(torch.stack(embeds))
         places.append(torch.tensor(numbers) if positions == "original" else torch.arange(len(numbers)))
         kept.append(columns)
+        nexts.append(place if positions == "original" else len(numbers))
     assert not any(queues.values())
     width = max(map(len, rows))
 
     def left(items):
         return torch.stack([torch.cat([i.new_zeros((width - len(i), *i.shape[1:])), i]) for i in items])
 
-    return Oracle(left(rows), left([torch.ones(len(r), dtype=torch.long) for r in rows]), left(places), kept)
+    mask = left([torch.ones(len(r), dtype=torch.long) for r in rows])
+    return Oracle(left(rows), mask, left(places), kept, nexts)
 
 
 def relative_error(got, wanted, where=None):

@@ -6,64 +6,53 @@ straight to the language model as embeddings, with the deepstack features of the
 
 import copy
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
-from .oracle import choose
-from .tiny_qwen import IMAGE, MERGE, PATCH, VIDEO
+from . import oracle
+from .tiny import IMAGE_TOKEN, VIDEO_TOKEN, visual
+from .tiny_qwen import MERGE, PATCH
 
 SCORED_LAYER = {"qwen2_vl": 3, "qwen2_5_vl": 2, "qwen3_vl": 3, "qwen3_vl_moe": 3}
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
-KINDS = {IMAGE: "image", VIDEO: "video"}
+KINDS = {IMAGE_TOKEN: "image", VIDEO_TOKEN: "video"}
 
 
 @dataclass
-class Oracle:
-    embeds: Tensor  # [B, S', D], padded on the left
+class Oracle(oracle.Oracle):
+    """Positions are [4, B, S']: numbered through, then time, height and width."""
+
     ids: Tensor  # [B, S']
-    mask: Tensor  # [B, S']
-    positions: Tensor  # [4, B, S']: numbered through, then time, height and width
-    kept: list[list[int]]  # row b: columns of the original prompt
-    next_position: list[int]
     deepstack: list[Tensor] = field(default_factory=list)  # a layer: [visual tokens, D]
     encoded: dict[str, ModelOutput] = field(default_factory=dict)
 
     def logits(self, model):
         extra = {}
         if self.deepstack:
-            visual = torch.zeros_like(self.mask, dtype=torch.bool)
-            visual[:, : self.ids.shape[1]] = (self.ids == IMAGE) | (self.ids == VIDEO)
-            extra = {"visual_pos_masks": visual, "deepstack_visual_embeds": self.deepstack}
+            shown = torch.zeros_like(self.mask, dtype=torch.bool)
+            shown[:, : self.ids.shape[1]] = visual(self.ids)
+            extra = {"visual_pos_masks": shown, "deepstack_visual_embeds": self.deepstack}
         hidden = model.model.language_model(
             inputs_embeds=self.embeds, attention_mask=self.mask, position_ids=self.positions, use_cache=False, **extra
         ).last_hidden_state
         return model.lm_head(hidden)
 
-    def read(self, model, tokens):
-        """Goes on with `tokens` [B, n]."""
-        self.embeds = torch.cat([self.embeds, model.get_input_embeddings()(tokens)], dim=1)
-        self.mask = torch.cat([self.mask, torch.ones_like(tokens)], dim=1)
-        steps = torch.arange(1, tokens.shape[1] + 1)
-        self.positions = torch.cat([self.positions, self.positions[..., -1:] + steps], dim=-1)
+    def going_on(self):
+        axes = super().going_on()
+        return torch.stack([self.mask.sum(1, keepdim=True), axes, axes, axes])
 
-    def greedy(self, model, new):
-        """[B, new], one uncached forward a token; leaves them read."""
-        tokens = []
-        for _ in range(new):
-            tokens.append(self.logits(model)[:, -1].argmax(-1, keepdim=True))
-            self.read(model, tokens[-1])
-        return torch.cat(tokens, dim=1)
+    def generate(self, model, **kwargs):
+        call = {"input_ids": self.ids, "attention_mask": self.mask, "position_ids": self.positions}
+        outputs = model.generate(**call, mm_encoder_outputs=copy.copy(self.encoded), **kwargs)
+        return outputs[:, self.ids.shape[1] :]
 
-    def call(self):
-        """The keyword arguments for transformers' own `generate`."""
-        return {
-            "input_ids": self.ids, "attention_mask": self.mask, "position_ids": self.positions,
-            "mm_encoder_outputs": copy.copy(self.encoded),
-        }  # fmt: skip
+    def repeat(self, times):
+        deepstack = [layer.repeat(times, 1) for layer in self.deepstack]
+        return replace(super().repeat(times), ids=self.ids.repeat(times, 1), deepstack=deepstack)
 
 
 def eager_maps(model, pixels, grid, layer=None):
@@ -113,7 +102,7 @@ def window_order(grid, side):
     return order
 
 
-def select(model, kind, inputs, k, method="id_selection", scope="image"):
+def select(model, kind, inputs, ks, method, scope):
     """Merged tokens [N, D], their deepstack features by layer, and the kept indices, one list a unit of the scope."""
     pixels, grid = inputs[PIXELS[kind]], inputs[f"{kind}_grid_thw"]
     output = getattr(model.model, f"get_{kind}_features")(pixels, grid)
@@ -125,7 +114,7 @@ def select(model, kind, inputs, k, method="id_selection", scope="image"):
         sizes = [t * h * w // MERGE**2 for t, h, w in grid.tolist()]
     scores, chosen, start = importance(model, pixels, grid), [], 0
     for size in sizes:
-        picks = choose(tokens[start : start + size], scores[start : start + size], k, method)
+        picks = oracle.choose(tokens[start : start + size], scores[start : start + size], ks.pop(0), method)
         chosen.append([start + pick for pick in picks])
         start += size
     return tokens, deepstack, chosen
@@ -153,8 +142,9 @@ def count(model, ids, grids, seconds):
 
 
 def assemble(model, inputs, k, positions="original", method="id_selection", scope="image"):
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    shown = {kind: select(model, kind, inputs, k, method, scope) for kind in PIXELS if PIXELS[kind] in inputs}
+    """`k`: of every unit, or a list with that of each: images first."""
+    ids, mask, ks = inputs["input_ids"], inputs["attention_mask"], list(k) if isinstance(k, list) else [k] * 99
+    shown = {kind: select(model, kind, inputs, ks, method, scope) for kind in PIXELS if PIXELS[kind] in inputs}
     wanted = {kind: {pick for unit in chosen for pick in unit} for kind, (_, _, chosen) in shown.items()}
     grids = {kind: inputs[f"{kind}_grid_thw"].tolist() for kind in shown}
     if "qwen3" in model.config.model_type and "video" in grids:  # every frame follows its own timestamp
@@ -200,4 +190,4 @@ def assemble(model, inputs, k, positions="original", method="id_selection", scop
             encoded[kind] = BaseModelOutputWithDeepstackFeatures(pooler_output=pooled, deepstack_features=layers)
     layers = [torch.stack(layer) for layer in zip(*deep, strict=True)]
     mask = left([torch.ones_like(row) for row in tokens])
-    return Oracle(left(embeds), left(tokens), mask, left(places).permute(2, 0, 1), kept, nexts, layers, encoded)
+    return Oracle(left(embeds), mask, left(places).permute(2, 0, 1), kept, nexts, left(tokens), layers, encoded)

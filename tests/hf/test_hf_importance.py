@@ -4,10 +4,12 @@ import torch
 import lvtp.hf
 import lvtp.importance as importance_module
 from lvtp.hf.llava import Llava
+from lvtp.hf.rewrite import encoder_arguments
 from lvtp.hf.tower import attention_layer
 from lvtp.importance import AttentionTap, cls_attention, received_attention
 
-from .oracle import eager_attention
+from .members import TOWERS
+from .oracle import eager_attention, relative_error
 from .tiny_llava import batch, build
 
 
@@ -84,6 +86,46 @@ def test_the_tap_changes_nothing_in_the_tower(model, pixels, score):
     assert torch.equal(seen[0].last_hidden_state, wanted.last_hidden_state)
     assert all(map(torch.equal, encoded.projected, wanted.pooler_output))
     assert all(not module._forward_hooks for module in tower.modules() if module.__class__.__name__ == "Linear")
+
+
+def test_the_tower_and_the_projector_are_bitwise_unchanged(member):
+    inputs, core = member.batch("single"), member.model.model
+    arguments = encoder_arguments(member.model, "image", inputs)
+    wanted = core.get_image_features(**arguments, return_dict=True)
+    modules, seen = [member.module(name) for name in ("tower", "projector")], []
+    hooks = [module.register_forward_hook(lambda *call: seen.append((call[0], call[-1]))) for module in modules]
+    try:
+        lvtp.hf.prepare(member.model, inputs, keep=3)
+        core.get_image_features(**arguments, return_dict=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    tower, projector = ([output for module, output in seen if module is wanted] for wanted in modules)
+    assert all(torch.equal(output.last_hidden_state, wanted.last_hidden_state) for output in tower)
+    assert torch.equal(*projector)
+    assert len(tower) == 2
+
+
+@pytest.mark.parametrize(("member", "variant"), [(member, variant) for member in TOWERS for variant in member.variants])
+def test_score_by_a_callable_sees_what_enters_the_projector(member, variant):
+    inputs, seen = member.batch("single"), []
+
+    def score(features):
+        seen.append(features)
+        return features.norm(dim=-1)
+
+    entered = []
+    hook = member.model.model.multi_modal_projector.register_forward_pre_hook(lambda _, args: entered.append(args[0]))
+    try:
+        with torch.no_grad(), lvtp.hf.prune(member.model, keep=3, score=score):
+            by_norm = member.model(**inputs).logits
+    finally:
+        hook.remove()
+    assert all(map(torch.equal, seen, entered))
+    with torch.no_grad(), lvtp.hf.prune(member.model, keep=3, score=lambda features: -features.norm(dim=-1)):
+        assert relative_error(member.model(**inputs).logits[:, -1], by_norm[:, -1]) > 1e-3
+    with pytest.raises(ValueError, match="score must map features"):
+        lvtp.hf.prepare(member.model, inputs, score=lambda features: features[..., 0, 0], **variant)
 
 
 def test_score_by_a_callable(model):

@@ -12,23 +12,9 @@ from lvtp.hf.rewrite import encoder_arguments
 from lvtp.importance import prompt_attention
 
 from . import tiny_qwen
-from .members import MEMBERS
+from .tiny import footprint
 
-TOWERS = {member.name: member for member in MEMBERS}
 KEEP = 4
-
-
-def batch(model, rows="ragged", side="left"):
-    """Several images, and videos where the family has them, in three prompts; or one image in one."""
-    for member in MEMBERS:
-        if member.model is model:
-            return member.batch(rows, side=side)
-    return tiny_qwen.batch(model, *tiny_qwen.BATCHES["mixed" if rows == "ragged" else rows], side=side)
-
-
-@pytest.fixture(params=[*TOWERS, *tiny_qwen.BUILDERS])
-def model(request):
-    return TOWERS[request.param].model if request.param in TOWERS else tiny_qwen.shared(request.param)
 
 
 def eager_rows(model, inputs):
@@ -55,8 +41,8 @@ def units(model, inputs, rows):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_picks_are_those_of_eager_attention(model, side):
-    inputs = batch(model, side=side)
+def test_picks_are_those_of_eager_attention(member, side):
+    model, inputs = member.model, member.batch("ragged", side=side)
     shown = units(model, inputs, eager_rows(model, inputs))
     wanted = [lvtp.id_selection(tokens[None], scores[None], KEEP)[0].sort().values for tokens, scores in shown]
     with lvtp.hf.prune(model, keep=KEEP, score="prompt") as pruning:
@@ -67,8 +53,8 @@ def test_picks_are_those_of_eager_attention(model, side):
     assert not all(map(torch.equal, pruning.last.indices, tower.last.indices))
 
 
-def test_the_question_decides(model):
-    inputs = batch(model, "single")
+def test_the_question_decides(member):
+    model, inputs = member.model, member.batch("single")
     with lvtp.hf.prune(model, keep=KEEP, score="prompt") as pruning:
         model(**inputs)
         before = pruning.last.indices
@@ -77,21 +63,27 @@ def test_the_question_decides(model):
     assert not all(map(torch.equal, pruning.last.indices, before))
 
 
-@pytest.mark.parametrize("family", tiny_qwen.BUILDERS)
-def test_the_pruned_prompt_runs_as_with_any_score(family):
-    """Same indices by a callable, same logits, same tokens: the look leaves no trace."""
-    model = tiny_qwen.shared(family)
-    inputs = batch(model)
-    scores = iter([score[None] for _, score in units(model, inputs, eager_rows(model, inputs))])
-    with torch.no_grad():
-        with lvtp.hf.prune(model, keep=KEEP, score=lambda features: next(scores)):
-            wanted = model(**inputs).logits
-        with lvtp.hf.prune(model, keep=KEEP, score="prompt"):
-            assert torch.equal(model(**inputs).logits, wanted)
+def test_the_pruned_prompt_runs_as_with_any_score(member):
+    """Same indices by a selector, same logits, same tokens: the look leaves no trace, in the images or elsewhere."""
+    model, inputs, before = member.model, member.batch("ragged"), footprint(member.model)
+    picks = []
+
+    def select(features, scores, k):
+        picks.append(lvtp.id_selection(features, scores, k))
+        return picks[-1]
+
+    for kwargs in ({}, {"num_beams": 2}):
+        with torch.no_grad():
+            with lvtp.hf.prune(model, select, KEEP, score="prompt"):
+                logits, tokens = model(**inputs).logits, model.generate(**inputs, max_new_tokens=3, **kwargs)
+            with lvtp.hf.prune(model, lambda *_: picks.pop(0), KEEP):
+                assert torch.equal(model(**inputs).logits, logits)
+                assert torch.equal(model.generate(**inputs, max_new_tokens=3, **kwargs), tokens)
+    assert footprint(model) == before
 
 
-def test_keeping_everything_is_bitwise_the_unpruned_model(model):
-    inputs = batch(model)
+def test_keeping_everything_is_bitwise_the_unpruned_model(member):
+    model, inputs = member.model, member.batch("ragged")
     with torch.no_grad():
         wanted = model(**inputs).logits
         tokens = model.generate(**inputs, max_new_tokens=3, num_beams=2)
@@ -100,10 +92,9 @@ def test_keeping_everything_is_bitwise_the_unpruned_model(model):
             assert torch.equal(model.generate(**inputs, max_new_tokens=3, num_beams=2), tokens)
 
 
-def test_two_layers_are_read_once_and_the_tower_once(model):
-    inputs = batch(model)
+def test_two_layers_are_read_once_and_the_tower_once(member):
+    model, inputs = member.model, member.batch("ragged")
     decoder = model.get_decoder()
-    tower = getattr(model.model, "vision_tower", None) or model.model.visual
     calls = {"tower": 0, "first": 0, "second": 0, "lengths": []}
 
     def count(name):
@@ -114,7 +105,7 @@ def test_two_layers_are_read_once_and_the_tower_once(model):
 
         return hook
 
-    modules = {"tower": tower, "first": decoder.layers[0], "second": decoder.layers[1].mlp}
+    modules = {"tower": member.module("tower"), "first": decoder.layers[0], "second": decoder.layers[1].mlp}
     hooks = [module.register_forward_pre_hook(count(name), with_kwargs=True) for name, module in modules.items()]
     configs = [layer.self_attn.config for layer in decoder.layers]
     with lvtp.hf.prune(model, keep=KEEP, score="prompt") as pruning:
@@ -130,8 +121,8 @@ def test_two_layers_are_read_once_and_the_tower_once(model):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_changes_no_pick(model, side):
-    inputs = batch(model, "single")
+def test_padding_changes_no_pick(member, side):
+    model, inputs = member.model, member.batch("single")
     padding = (3, 0) if side == "left" else (0, 3)
     padded = {
         name: torch.nn.functional.pad(value, padding) if value.shape == inputs["input_ids"].shape else value
@@ -145,8 +136,8 @@ def test_padding_changes_no_pick(model, side):
     assert all(map(torch.equal, *picks))
 
 
-def test_what_cannot_be_scored_raises(model):
-    inputs = batch(model)
+def test_what_cannot_be_scored_raises(member):
+    model, inputs = member.model, member.batch("ragged")
     with (
         pytest.raises(ValueError, match="labels must be left out with score='prompt'"),
         lvtp.hf.prune(model, keep=KEEP, score="prompt"),

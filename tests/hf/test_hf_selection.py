@@ -5,10 +5,9 @@ import torch
 
 import lvtp.hf
 
-from .members import MEMBERS
+from .members import INTERNVL, LLAVA, NEXT, ONEVISION
 from .oracle import relative_error
 
-LLAVA, NEXT, ONEVISION, INTERNVL = MEMBERS
 NEW = 4
 # Families and scopes whose units have all one size, and a batch of such.
 EVEN = [
@@ -48,8 +47,7 @@ def test_a_budget_is_shared_by_content_within_each_request(member, variant, rows
     assert list(pruning.last.counts) == wanted
     assert relative_error(logits, oracle.logits(member.model), oracle.mask) <= 1e-5
     assert torch.equal(tokens[:, -NEW:], oracle.greedy(member.model, NEW))
-    from_embeds = {"inputs_embeds": oracle.embeds.detach(), "attention_mask": oracle.mask}
-    assert torch.equal(beams[:, -NEW:], member.model.generate(**from_embeds, max_new_tokens=NEW, num_beams=2))
+    assert torch.equal(beams[:, -NEW:], oracle.generate(member.model, max_new_tokens=NEW, num_beams=2))
 
 
 @pytest.mark.parametrize("dynamic", [True, False])
@@ -58,9 +56,11 @@ def test_a_budget_over_images_and_videos_of_several_sizes(case, dynamic):
     inputs = member.batch("ragged")
     with torch.no_grad(), lvtp.hf.prune(member.model, keep=lvtp.Budget(21, dynamic), **variant) as pruning:
         logits = member.model(**inputs).logits
+        tokens = member.model.generate(**inputs, max_new_tokens=2)
     counts = list(pruning.last.counts)
     oracle = member.assemble(inputs, counts, **variant)
     assert relative_error(logits, oracle.logits(member.model), oracle.mask) <= 1e-5
+    assert torch.equal(tokens, torch.cat([inputs["input_ids"], oracle.greedy(member.model, 2)], dim=1))
     known = lvtp.hf.info(member.model, inputs, keep=21, **variant)
     units = [(image.prompt, tokens) for image in known.images for tokens in image.units]
     for prompt in (0, 2):

@@ -6,15 +6,16 @@ import lvtp.hf
 from lvtp.hf.families import family_of
 from lvtp.hf.options import Options
 
+from .members import QWENS
 from .oracle_qwen import PIXELS, SCORED_LAYER, eager_maps, importance, window_order
-from .tiny_qwen import BATCHES, BUILDERS, batch, build, shared
+from .tiny_qwen import BATCHES, BUILDERS, batch, build
 
 RAGGED = [[1, ("image", 6, 10), 1, ("image", 2, 2), ("video", 3, 6, 4), 1, ("video", 1, 10, 6)]]
 
 
-@pytest.fixture(params=BUILDERS)
+@pytest.fixture(params=QWENS, ids=lambda member: member.name)
 def model(request):
-    return shared(request.param)
+    return request.param.model
 
 
 def encode(model, kind, inputs, score="auto", scope="image"):
@@ -54,7 +55,7 @@ def test_sizes_are_known_before_anything_runs(model, scope):
 
 def test_windows_are_undone():
     """Without it every comparison of a lone small image would pass."""
-    model = shared("qwen2_5")
+    model = QWENS[1].model
     inputs = batch(model, *RAGGED)
     grid = inputs["image_grid_thw"]
     order = window_order(grid, 2)
@@ -120,7 +121,7 @@ def test_flash_attention_reads_all_segments_at_once(family, monkeypatch):
 
 
 def test_score_by_a_callable(model):
-    inputs = batch(model, *BATCHES["mixed"])
+    inputs = batch(model, *BATCHES["ragged"])
     seen = []
 
     def norms(features):

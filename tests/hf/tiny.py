@@ -1,7 +1,8 @@
-"""What the tiny random models of all LLaVA-like families share, and the inputs of a call."""
+"""What the tiny random models of the families share, and the inputs of a call."""
 
 import torch
 from transformers import LlamaConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 IMAGE_TOKEN, VIDEO_TOKEN = 120, 121
 VOCABULARY = 128
@@ -34,11 +35,21 @@ def finish(model, attention="sdpa"):
 
 
 def footprint(model):
-    """Everything an installation could leave on a model: instance attributes and hooks, module by module."""
-    return {
-        name: (sorted(vars(module)), [str(value) for key, value in sorted(vars(module).items()) if "hooks" in key])
+    """Everything that pruning could leave: attributes, hooks and configs of every module, and attention functions."""
+    modules = {
+        name: (
+            sorted(vars(module)),
+            [str(value) for key, value in sorted(vars(module).items()) if "hooks" in key],
+            id(getattr(module, "config", None)),
+        )
         for name, module in model.named_modules()
     }
+    return modules, sorted(ALL_ATTENTION_FUNCTIONS)
+
+
+def visual(ids):
+    """Which tokens are placeholders."""
+    return (ids == IMAGE_TOKEN) | (ids == VIDEO_TOKEN)
 
 
 def padded(ids, side):

@@ -93,8 +93,9 @@ def batch(model, *rows, side="left", seed=0):
     return inputs
 
 
-def count(kind, row):
-    return row.count("video") if kind == "video" else sum(part in SHAPES for part in row)
+def shares(row):
+    images = sum(part in SHAPES for part in row)
+    return {"pixel_values": images, "image_sizes": images, "pixel_values_videos": row.count("video")}
 
 
 def seen(model, pixels):

@@ -29,14 +29,14 @@ def build(attention="sdpa", seed=0, use_qk_norm=True, **options):
 def batch(model, *rows, side="left", seed=0):
     """Rows are sequences of ints (that many random text tokens) and (tiles,); returns the inputs of a call."""
     inputs, generator = prompts(rows, lambda part: (IMAGE_TOKEN, part[0] * TOKENS), side, seed)
-    tiles = sum(count("image", row) for row in rows)
+    tiles = sum(shares(row)["pixel_values"] for row in rows)
     if tiles:
         inputs["pixel_values"] = torch.randn(tiles, 3, 32, 32, generator=generator)
     return inputs
 
 
-def count(kind, row):
-    return sum(part[0] for part in row if isinstance(part, tuple))
+def shares(row):
+    return {"pixel_values": sum(part[0] for part in row if isinstance(part, tuple))}
 
 
 def blocks(values):

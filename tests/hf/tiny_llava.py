@@ -21,15 +21,15 @@ def build(image_size=32, patch_size=8, tower="clip", attention="sdpa", seed=0, *
 def batch(model, *rows, side="left", seed=0):
     """Rows are sequences of ints (that many random text tokens) and "image"; returns the inputs of a call."""
     inputs, generator = prompts(rows, lambda _: (IMAGE_TOKEN, model.config.image_seq_length), side, seed)
-    images = sum(count("image", row) for row in rows)
+    images = sum(shares(row)["pixel_values"] for row in rows)
     if images:
         size = model.config.vision_config.image_size
         inputs["pixel_values"] = torch.randn(images, 3, size, size, generator=generator)
     return inputs
 
 
-def count(kind, row):
-    return row.count(kind)
+def shares(row):
+    return {"pixel_values": row.count("image")}
 
 
 def assemble(model, inputs, k, positions="compact", method="id_selection", scope="image", newline=None):

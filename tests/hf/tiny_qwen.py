@@ -1,6 +1,6 @@
 """Tiny random Qwen-VL models, and inputs with images and videos of several sizes built by hand."""
 
-import functools
+import math
 
 import torch
 from transformers import (
@@ -14,10 +14,9 @@ from transformers import (
     Qwen3VLMoeForConditionalGeneration,
 )
 
-from .tiny import padded
+from .tiny import IMAGE_TOKEN, VIDEO_TOKEN, VOCABULARY, padded
 
-VOCABULARY = 128
-IMAGE, VIDEO, START, END = 120, 121, 122, 123
+START, END = 122, 123
 PATCH, MERGE, TEMPORAL, CHANNELS = 4, 2, 2, 3
 
 _TEXT = {
@@ -31,7 +30,8 @@ _VISION = {
     "temporal_patch_size": TEMPORAL,
 }  # fmt: skip
 _IDS = {
-    "image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END,
+    "image_token_id": IMAGE_TOKEN, "video_token_id": VIDEO_TOKEN,
+    "vision_start_token_id": START, "vision_end_token_id": END,
 }  # fmt: skip
 
 
@@ -60,13 +60,12 @@ def _qwen3_moe():
     return Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(text_config=text, vision_config=vision, **_IDS))
 
 
-BUILDERS = {"qwen2": _qwen2, "qwen2_5": _qwen2_5, "qwen3": _qwen3}
-MIXTURE = {"qwen3_moe": _qwen3_moe}  # Qwen3-VL but for its experts
+BUILDERS = {"qwen2": _qwen2, "qwen2_5": _qwen2_5, "qwen3": _qwen3, "qwen3_moe": _qwen3_moe}
 
 
 def build(family, attention="sdpa", seed=0):
     torch.manual_seed(seed)
-    model = (BUILDERS | MIXTURE)[family]().eval()
+    model = BUILDERS[family]().eval()
     model.set_attn_implementation(attention)
     model.generation_config.pad_token_id = 0
     model.generation_config.eos_token_id = None
@@ -76,7 +75,9 @@ def build(family, attention="sdpa", seed=0):
                 weight.normal_(std=0.5)
             elif "merger" in name and weight.dim() == 2:
                 weight.normal_(std=0.2)
-        model.lm_head.weight[[IMAGE, VIDEO]] = 0  # never generated: without a cache they would count as an image
+        model.lm_head.weight[[IMAGE_TOKEN, VIDEO_TOKEN]] = (
+            0  # never generated: without a cache they would count as an image
+        )
     return model
 
 
@@ -93,7 +94,7 @@ def batch(model, *rows, side="left", seed=0):
     ids = []
 
     def text(count):
-        return torch.randint(2, IMAGE, (count,), generator=generator).tolist()
+        return torch.randint(2, IMAGE_TOKEN, (count,), generator=generator).tolist()
 
     for row in rows:
         parts = []
@@ -104,7 +105,7 @@ def batch(model, *rows, side="left", seed=0):
             kind, *grid = part
             grid = [1, *grid] if kind == "image" else grid
             grids[kind].append(grid)
-            token = IMAGE if kind == "image" else VIDEO
+            token = IMAGE_TOKEN if kind == "image" else VIDEO_TOKEN
             if kind == "video" and by_frames:
                 for _ in range(grid[0]):
                     parts += [*text(2), START, *[token] * merged(1, *grid[1:]), END]
@@ -112,7 +113,9 @@ def batch(model, *rows, side="left", seed=0):
                 parts += [START, *[token] * merged(*grid), END]
         ids.append(torch.tensor(parts))
     inputs = padded(ids, side)
-    inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).int() + 2 * (inputs["input_ids"] == VIDEO).int()
+    inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE_TOKEN).int() + 2 * (
+        inputs["input_ids"] == VIDEO_TOKEN
+    ).int()
     for kind, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
         if grids[kind]:
             patches = sum(t * h * w for t, h, w in grids[kind])
@@ -123,20 +126,23 @@ def batch(model, *rows, side="left", seed=0):
     return inputs
 
 
-SMALL, WIDE, CLIP = ("image", 6, 6), ("image", 4, 8), ("video", 3, 4, 6)  # 9, 8 and 3 x 6 tokens
+def shares(row):
+    counts = dict.fromkeys(("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"), 0)
+    for part in row:
+        if isinstance(part, tuple):
+            kind, *grid = part
+            counts["pixel_values" if kind == "image" else "pixel_values_videos"] += math.prod(grid)
+            counts[f"{kind}_grid_thw"] += 1
+    return counts | {"second_per_grid_ts": counts["video_grid_thw"]}
 
-# Rows of one call: every way that images, videos and text can share a batch.
+
+SMALL, WIDE = ("image", 6, 6), ("image", 4, 8)  # 9 and 8 tokens
+CLIP, SHORT = ("video", 3, 4, 6), ("video", 2, 6, 4)  # 3 and 2 frames of 6 tokens
+
 BATCHES = {
     "single": [[3, SMALL, 5]],
-    "padded": [[3, SMALL, 5], [2, WIDE, 12]],
+    "padded": [[3, CLIP, 5], [2, SHORT, 14]],
     "two_and_one": [[3, SMALL, 2, WIDE, 4], [1, SMALL, 6]],
     "text_only_row": [[2, SMALL, 5], [9]],
-    "video": [[2, CLIP, 4]],
-    "mixed": [[2, CLIP, 1, SMALL, 3], [30], [4, WIDE, 2, ("video", 2, 6, 4), 5]],
+    "ragged": [[2, CLIP, 1, SMALL, 3], [30], [4, WIDE, 2, SHORT, 5]],
 }
-
-
-@functools.cache
-def shared(family):
-    """One model for all tests that leave it as it is."""
-    return build(family)

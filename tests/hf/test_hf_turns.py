@@ -1,0 +1,157 @@
+"""`generate` around a shortened prompt: length limits, and turns that go on from a cache."""
+
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache, GenerationConfig, StaticCache
+
+import lvtp.hf
+
+from .tiny_llava import BATCHES, assemble, batch
+
+KEEP = 3
+NEW = 4
+
+
+@pytest.mark.parametrize("where", ["argument", "config_argument", "model_config"])
+def test_max_length_counts_the_prompt_that_is_returned(member, where):
+    model, inputs = member.model, member.batch("single")
+    length = inputs["input_ids"].shape[1] + 4
+    config = GenerationConfig(max_length=length, min_length=length - 1, pad_token_id=0)
+    kwargs = {
+        "argument": {"max_length": length, "min_length": length - 1},
+        "config_argument": {"generation_config": config},
+        "model_config": {},
+    }[where]
+    before = copy.deepcopy(model.generation_config)
+    try:
+        if where == "model_config":
+            model.generation_config.max_length = length
+        with lvtp.hf.prune(model, keep=KEEP):
+            got = model.generate(**inputs, **kwargs)
+        with lvtp.hf.prune(model, keep=KEEP, restore_prompt=False):
+            unrestored = model.generate(**inputs, **kwargs)
+    finally:
+        model.generation_config = before
+    assert got.shape[1] == length
+    assert unrestored.shape[1] == length
+    assert config.max_length == length
+    assert config.min_length == length - 1
+
+
+def test_max_new_tokens_wins_over_max_length(member):
+    inputs = member.batch("single")
+    with lvtp.hf.prune(member.model, keep=KEEP):
+        got = member.model.generate(**inputs, max_length=1000, max_new_tokens=NEW)
+    assert got.shape[1] == inputs["input_ids"].shape[1] + NEW
+
+
+@pytest.mark.filterwarnings("ignore:Using the model-agnostic default")
+def test_default_length_is_twenty_new_tokens(member):
+    model, inputs = member.model, member.batch("single")
+    with lvtp.hf.prune(model, keep=KEEP):
+        assert model.generate(**inputs).shape[1] == inputs["input_ids"].shape[1] + 20
+
+
+# --------------------------------------------------------------------------------------------------------- later turns
+
+
+@pytest.mark.parametrize("positions", ["compact", "original"])
+@pytest.mark.parametrize("only_new_ids", [False, True])
+@pytest.mark.parametrize("rows", ["single", "ragged"])
+def test_second_turn_from_the_cache(member, rows, positions, only_new_ids):
+    model, inputs = member.model, member.batch(rows)
+    oracle = member.assemble(inputs, KEEP, positions)
+    text = torch.randint(2, 100, (len(inputs["input_ids"]), 5), generator=torch.Generator().manual_seed(7))
+    first = oracle.greedy(model, NEW)
+    oracle = oracle.read(model, torch.cat([first, text], dim=1))
+    wanted = oracle.greedy(model, NEW)
+
+    with lvtp.hf.prune(model, keep=KEEP, positions=positions, restore_prompt=False):
+        one = model.generate(**inputs, max_new_tokens=NEW, return_dict_in_generate=True)
+        assert torch.equal(one.sequences[:, -NEW:], first)
+        ids = torch.cat([one.sequences, text], dim=1)
+        if only_new_ids:
+            ids = ids[:, one.past_key_values.get_seq_length() :]
+        model.generate(**member.batch("padded"), max_new_tokens=1)  # whatever ran since does not matter
+        two = model.generate(
+            input_ids=ids, attention_mask=oracle.mask, past_key_values=one.past_key_values, max_new_tokens=NEW
+        )
+    assert torch.equal(two[:, -NEW:], wanted)
+
+
+@pytest.mark.parametrize("positions", ["compact", "original"])
+def test_second_turn_of_several_sequences(member, positions):
+    model, inputs = member.model, member.batch("single")
+    text = torch.randint(2, 100, (2, 5), generator=torch.Generator().manual_seed(7))
+    sampling = {"do_sample": True, "num_return_sequences": 2, "return_dict_in_generate": True}
+    with lvtp.hf.prune(model, keep=KEEP, positions=positions, restore_prompt=False):
+        one = model.generate(**inputs, max_new_tokens=NEW, **sampling)
+        ids = torch.cat([one.sequences, text], dim=1)
+        two = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=one.past_key_values, max_new_tokens=NEW
+        )
+    oracle = member.assemble(inputs, KEEP, positions).repeat(2)
+    oracle = oracle.read(model, ids[:, oracle.mask.shape[1] :])
+    assert torch.equal(two[:, -NEW:], oracle.greedy(model, NEW))
+
+
+@pytest.mark.parametrize("own_cache", [False, True])
+def test_second_turn_with_the_restored_prompt_raises(member, own_cache):
+    model, inputs = member.model, member.batch("single")
+    cache = DynamicCache() if own_cache else None
+    with lvtp.hf.prune(model, keep=KEEP):
+        one = model.generate(**inputs, max_new_tokens=NEW, return_dict_in_generate=True, past_key_values=cache)
+        cache = one.past_key_values
+        ids = torch.cat([one.sequences, one.sequences[:, -2:]], dim=1)
+        with pytest.raises(ValueError, match="restore_prompt=False"):
+            model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache)
+
+
+def test_a_cache_of_an_unpruned_prompt_goes_on(member):
+    model, inputs = member.model, member.batch("single")
+
+    def two_turns():
+        one = model.generate(**inputs, max_new_tokens=NEW, return_dict_in_generate=True)
+        ids = torch.cat([one.sequences, one.sequences[:, -2:]], dim=1)
+        return model.generate(input_ids=ids, past_key_values=one.past_key_values, max_new_tokens=NEW)
+
+    wanted = two_turns()
+    with lvtp.hf.prune(model, keep=member.everything):
+        assert torch.equal(two_turns(), wanted)
+
+
+def test_a_reset_cache_starts_anew(member):
+    model, inputs = member.model, member.batch("single")
+    cache = StaticCache(model.config.get_text_config(), max_cache_len=64)
+    with lvtp.hf.prune(model, keep=KEEP):
+        one = model.generate(**inputs, past_key_values=cache, max_new_tokens=NEW)
+        cache.reset()
+        assert torch.equal(model.generate(**inputs, past_key_values=cache, max_new_tokens=NEW), one)
+
+
+def test_decoding_by_hand_with_original_positions(model):
+    inputs = batch(model, *BATCHES["two_and_one"])
+    wanted = assemble(model, inputs, KEEP, "original").greedy(model, 2)
+    with torch.no_grad(), lvtp.hf.prune(model, keep=KEEP, positions="original") as pruning:
+        out = model(**inputs)
+        token = out.logits[:, -1].argmax(-1, keepdim=True)
+        with pytest.raises(ValueError, match="position_ids"):
+            model(input_ids=token, past_key_values=out.past_key_values)
+        prepared = lvtp.hf.prepare(model, inputs, keep=KEEP)
+        out = model(
+            input_ids=token,
+            attention_mask=torch.cat([prepared["attention_mask"], torch.ones_like(token)], dim=1),
+            position_ids=pruning.last.next_position[:, None],
+            past_key_values=out.past_key_values,
+        )
+    assert torch.equal(torch.cat([token, out.logits[:, -1].argmax(-1, keepdim=True)], dim=1), wanted)
+
+
+def test_images_in_a_later_turn_raise(member):
+    model, inputs = member.model, member.batch("single")
+    with lvtp.hf.prune(model, keep=KEEP, restore_prompt=False):
+        one = model.generate(**inputs, max_new_tokens=NEW, return_dict_in_generate=True)
+        with pytest.raises(ValueError, match="past_key_values must be empty"):
+            model.generate(**inputs, past_key_values=one.past_key_values)
