@@ -82,7 +82,7 @@ def info(
 
     Args:
         inputs: keyword arguments of the call, as for `prepare`.
-        the others: see `prune`.
+        model, method, keep, score, positions, scope, newline: see `prune`.
 
     Raises:
         TypeError, ValueError: see `prune`.

@@ -18,7 +18,7 @@ Score = str | Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Options:
-    """The arguments of `prune`, `patch` and `prepare`; see `lvtp.hf.prune` for their meaning."""
+    """The arguments of `prune`, `patch`, `prepare` and `info`; see `lvtp.hf.prune` for their meaning."""
 
     method: Method = "id_selection"
     keep: Keep = 64

@@ -93,7 +93,11 @@ def patch(
     newline: str | None = None,
     restore_prompt: bool = True,
 ) -> Pruning:
-    """Prunes every call of `model` until `.remove()` is called on what it returns; arguments as for `prune`."""
+    """Prunes every call of `model` until `.remove()` is called on what it returns.
+
+    Args:
+        model, method, keep, score, positions, scope, newline, restore_prompt: see `prune`.
+    """
     pruning = Pruning(model, Options(method, keep, score, positions, scope, newline, restore_prompt))
     if model not in _INSTALLED:
         _INSTALLED[model] = _Installed(model)

@@ -53,7 +53,7 @@ def prepare(
     Args:
         inputs: keyword arguments of a call with images: `input_ids` [B, S], `pixel_values`, `attention_mask` [B, S]
             (required for B > 1), `labels` [B, S] and whatever else the call takes. Without images: returned as is.
-        the others: see `prune`.
+        model, method, keep, score, positions, scope, newline: see `prune`.
 
     Returns:
         `input_ids` and all that runs along it, [B, S'], padded on the right if it was, else on the left.
