@@ -66,13 +66,13 @@ class Oracle:
         return model.generate(**call, **kwargs)
 
     def repeat(self, times):
-        """The oracle of one prompt, that many times."""
+        """The oracle of each prompt that many times."""
         return replace(
             self,
-            embeds=self.embeds.repeat(times, 1, 1),
-            mask=self.mask.repeat(times, 1),
+            embeds=self.embeds.repeat_interleave(times, dim=0),
+            mask=self.mask.repeat_interleave(times, dim=0),
             positions=self.positions.repeat_interleave(times, dim=-2),
-            next_position=self.next_position * times,
+            next_position=[position for position in self.next_position for _ in range(times)],
         )
 
 

@@ -51,8 +51,9 @@ class Oracle(oracle.Oracle):
         return outputs[:, self.ids.shape[1] :]
 
     def repeat(self, times):
-        deepstack = [layer.repeat(times, 1) for layer in self.deepstack]
-        return replace(super().repeat(times), ids=self.ids.repeat(times, 1), deepstack=deepstack)
+        shown = visual(self.ids).sum(1).tolist()
+        deepstack = [torch.cat([row.repeat(times, 1) for row in layer.split(shown)]) for layer in self.deepstack]
+        return replace(super().repeat(times), ids=self.ids.repeat_interleave(times, dim=0), deepstack=deepstack)
 
 
 def eager_maps(model, pixels, grid, layer=None):

@@ -83,17 +83,19 @@ def test_second_turn_from_the_cache(member, rows, positions, only_new_ids):
 
 @pytest.mark.parametrize("positions", ["compact", "original"])
 def test_second_turn_of_several_sequences(member, positions):
-    model, inputs = member.model, member.batch("single")
-    text = torch.randint(2, 100, (2, 5), generator=torch.Generator().manual_seed(7))
+    model, inputs = member.model, member.batch("ragged")
+    text = torch.randint(2, 100, (6, 5), generator=torch.Generator().manual_seed(7))
+    oracle = member.assemble(inputs, KEEP, positions).repeat(2)
     sampling = {"do_sample": True, "num_return_sequences": 2, "return_dict_in_generate": True}
     with lvtp.hf.prune(model, keep=KEEP, positions=positions, restore_prompt=False):
         one = model.generate(**inputs, max_new_tokens=NEW, **sampling)
         ids = torch.cat([one.sequences, text], dim=1)
+        said = ids[:, oracle.mask.shape[1] :]
+        mask = torch.cat([oracle.mask, torch.ones_like(said)], dim=1)
         two = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=one.past_key_values, max_new_tokens=NEW
+            input_ids=ids, attention_mask=mask, past_key_values=one.past_key_values, max_new_tokens=NEW
         )
-    oracle = member.assemble(inputs, KEEP, positions).repeat(2)
-    oracle = oracle.read(model, ids[:, oracle.mask.shape[1] :])
+    oracle = oracle.read(model, said)
     assert torch.equal(two[:, -NEW:], oracle.greedy(model, NEW))
 
 

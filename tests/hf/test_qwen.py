@@ -25,6 +25,10 @@ def model(member):
     return member.model
 
 
+def first(features, scores, k):
+    return torch.arange(k).expand(len(features), k)
+
+
 def counted(model, inputs):
     """Positions [3, B, S] and `rope_deltas` [B, 1] of the unpruned prompt, by the model's own function."""
     return model.model.get_rope_index(**{name: value for name, value in inputs.items() if "pixel" not in name})
@@ -39,10 +43,11 @@ def test_positions_are_those_of_the_unpruned_prompt(member, rows, side):
     model = member.model
     inputs = batch(model, *LONG, side=side) if rows == "long" else member.batch(rows, side=side)
     wanted, deltas = counted(model, inputs)
-    with lvtp.hf.prune(model, keep=KEEP) as pruning:
+    options = {"keep": KEEP, "method": first if rows == "long" else "id_selection"}
+    with lvtp.hf.prune(model, **options) as pruning:
         model(**inputs)
     kept = pruning.last.kept
-    prepared = lvtp.hf.prepare(model, inputs, keep=KEEP)
+    prepared = lvtp.hf.prepare(model, inputs, **options)
     real = prepared["attention_mask"].bool()
     through = prepared["attention_mask"].cumsum(1) - 1
     assert prepared["position_ids"].shape == (4, *real.shape)
