@@ -16,7 +16,8 @@ CENTERS = ("feature", "token")
 
 
 def _fail_unless(ok, op: str, argument: str, takes: str, got) -> None:
-    torch._check(ok, lambda: f"{op}: {argument} must be {takes}, got {got}")
+    # A float as C++ prints it.
+    torch._check(ok, lambda: f"{op}: {argument} must be {takes}, got {f'{got:g}' if isinstance(got, float) else got}")
 
 
 def _shape(t: Tensor) -> str:

@@ -26,6 +26,7 @@ SPREAD_FLOOR = 1e-9  # importance that varies less than this is not scaled
 SCORE_LIMIT = 2.0**100  # greedy scores are clamped to it: N subtractions of at most this much stay far from -Inf,
 NAN_SCORE = -(2.0**126)  # and from this, the score of a NaN token, which is therefore picked after every other one
 FLOAT_MAX = torch.finfo(torch.float32).max
+SIGMOID_FLOOR = -87.0  # a feature below counts as this: its sigmoid is no normal fp32 number any more
 
 
 # ---------------------------------------------------------------------------------------------------- similarity
@@ -175,7 +176,7 @@ def centred_sigmoid(features: Tensor, center: str, mask: Tensor | None) -> tuple
     valid = x.isfinite().all(-1) & _real(mask, x[..., 0])
     v = valid[..., None]
     # By way of float64: torch's fp32 sigmoid rounds the last elements of a tensor, beyond a full vector, differently.
-    a = torch.where(v, torch.where(v, x, 0.0).double().sigmoid().float(), 0.0)
+    a = torch.where(v, torch.where(v, x, 0.0).clamp_min(SIGMOID_FLOOR).double().sigmoid().float(), 0.0)
     if center == "feature":
         mean = a.mean(-1, keepdim=True, dtype=torch.float64)
     else:

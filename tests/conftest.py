@@ -9,6 +9,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+from problems import VIEWS
 
 import lvtp
 
@@ -140,39 +141,6 @@ def photograph_features():
 
 
 # --------------------------------------------------------------------------------------------------- hostile memory
-
-
-def _sentinel(t):
-    return torch.nan if t.is_floating_point() else True if t.dtype == torch.bool else -7
-
-
-def _transposed(t):
-    buffer = t.transpose(-1, -2).contiguous()
-    return buffer.transpose(-1, -2), buffer
-
-
-def _strided(t):
-    buffer = t.new_full((*t.shape, 2), _sentinel(t))
-    buffer[..., 0] = t
-    return buffer[..., 0], buffer
-
-
-def _offset(t):
-    """One element past an aligned address, so that wide loads are misaligned."""
-    buffer = t.new_full((t.numel() + 2,), _sentinel(t))
-    buffer[1:-1] = t.flatten()
-    return buffer[1:-1].view(t.shape), buffer
-
-
-def _inside(t):
-    """A window into a larger tensor."""
-    buffer = t.new_full([s + 2 for s in t.shape], _sentinel(t))
-    view = buffer[tuple(slice(1, s + 1) for s in t.shape)]
-    view.copy_(t)
-    return view, buffer
-
-
-VIEWS = {"transposed": _transposed, "strided": _strided, "offset": _offset, "inside": _inside}
 
 
 @pytest.fixture(params=list(VIEWS))

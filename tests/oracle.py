@@ -81,15 +81,27 @@ def replay(picks, scores, sim, gamma, mask=None):
 # -------------------------------------------------------------------------------------------------------- PruneSID
 
 
-def psca(x, groups, center):
-    """Labels and |loadings| of x [N, D] by a float64 eigendecomposition."""
+def sigmoid(x):
+    """Rounded to float32. Below exp(-87), where float32 loses its normal numbers, it counts as that."""
+    return (1.0 / (1.0 + np.exp(-np.maximum(x, -87.0)))).astype(np.float32)
+
+
+def components(x, center):
+    """The centred sigmoid A of x [N, D], and the eigenvalues and eigenvectors (columns) of A A^T, largest first."""
     a = np.zeros_like(x)
     valid = np.isfinite(x).all(1)
-    a[valid] = (1.0 / (1.0 + np.exp(-x[valid]))).astype(np.float32)
-    mean = a[valid].mean(1 if center == "feature" else 0, keepdims=True)
-    a[valid] = (a[valid] - mean.astype(np.float32)).astype(np.float32)
-    _, vectors = np.linalg.eigh(a @ a.T)
-    v = np.abs(vectors[:, ::-1][:, :groups])
+    if valid.any():
+        a[valid] = sigmoid(x[valid])
+        mean = a[valid].mean(1 if center == "feature" else 0, keepdims=True)
+        a[valid] = (a[valid] - mean.astype(np.float32)).astype(np.float32)
+    values, vectors = np.linalg.eigh(a @ a.T)
+    return a, values[::-1], vectors[:, ::-1]
+
+
+def psca(x, groups, center):
+    """Labels and |loadings| of x [N, D] by a float64 eigendecomposition."""
+    a, _, vectors = components(x, center)
+    v = np.abs(vectors[:, :groups])
     labels, loadings = np.zeros(len(x), int), np.zeros(len(x))
     for i in np.flatnonzero(a.any(1)):
         labels[i] = int(np.argmax(v[i]))

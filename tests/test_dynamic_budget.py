@@ -1,7 +1,7 @@
-import oracle
 import pytest
 import torch
 from conftest import clustered_features, photograph_features
+from verdicts import dynamic_budget as check
 
 import lvtp
 
@@ -10,25 +10,6 @@ def images(b, tokens, seed=0, device="cpu"):
     """From nearly uniform to nearly unrelated tokens."""
     x = [clustered_features(1, tokens, seed=seed + i, clusters=1 + 2 * i, noise=0.05 + 0.1 * i) for i in range(b)]
     return torch.cat(x).to(device)
-
-
-def check(budget, x, total, minimum=1):
-    """Exactly `total` in all, between minimum and N each, and each image's exact share rounded down or up: up where the
-    remainders are largest."""
-    tokens = x.shape[1]
-    assert budget.dtype == torch.int64
-    assert budget.shape == (len(x),)
-    seats = budget.cpu().numpy()
-    assert seats.sum() == total
-    assert (seats >= minimum).all()
-    assert (seats <= tokens).all()
-    # The rounding of rho to fp32 must not be amplified into a difference of seats: shares follow the op's own rho.
-    phi = (1 - oracle.as_float64(lvtp.mean_similarity(x))).clip(min=0)
-    shares = oracle.budget_shares(phi, total, minimum, tokens)
-    assert (abs(seats - shares) < 1 + 1e-4).all()
-    up, down = seats > shares + 1e-4, seats < shares - 1e-4
-    if up.any() and down.any():
-        assert (shares % 1)[up].min() >= (shares % 1)[down].max() - 1e-4
 
 
 @pytest.mark.parametrize("total", [5, 6, 31, 100, 320, 499, 500])

@@ -1,7 +1,7 @@
-import oracle
 import pytest
 import torch
 from conftest import clustered_features, random_importance
+from verdicts import greedy_shortfall as shortfall
 
 import lvtp
 
@@ -11,12 +11,6 @@ TOLERANCE = 2e-5
 def problem(b, n, seed=0, device="cpu"):
     scores = random_importance(b, n, seed, device) * n
     return scores, lvtp.cosine_similarity(clustered_features(b, n, seed=seed, device=device))
-
-
-def shortfall(picks, scores, similarity, gamma=20.0, mask=None):
-    masks = [None] * len(picks) if mask is None else mask.cpu().numpy()
-    images = zip(picks.tolist(), oracle.as_float64(scores), oracle.as_float64(similarity), masks, strict=True)
-    return max(oracle.replay(p, s, r, gamma, m) for p, s, r, m in images)
 
 
 @pytest.mark.parametrize("n", [1, 2, 31, 33, 575, 577])

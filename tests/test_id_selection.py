@@ -1,22 +1,11 @@
-import oracle
 import pytest
 import torch
 from conftest import clustered_features, random_importance
+from verdicts import selection_shortfall as shortfall
 
 import lvtp
 
 TOLERANCE = 2e-5
-
-
-def shortfall(picks, features, importance, gamma=20.0, mask=None):
-    """The worst of all images against similarity and scores in float64, from the features as given."""
-    masks = [None] * len(picks) if mask is None else mask.cpu().numpy()
-    worst = 0.0
-    for p, x, s, m in zip(
-        picks.tolist(), oracle.as_float64(features), oracle.as_float64(importance), masks, strict=True
-    ):
-        worst = max(worst, oracle.replay(p, oracle.scale_importance(s, m), oracle.similarity(x), gamma, m))
-    return worst
 
 
 @pytest.mark.parametrize("n", [1, 2, 31, 33, 575, 576, 577, 729])

@@ -1,6 +1,7 @@
 import oracle
 import pytest
 import torch
+import verdicts
 from conftest import clustered_features, photograph_features
 from torch.testing import assert_close
 
@@ -59,6 +60,31 @@ def test_tiny_sigmoids(backend, device, n, shift):
     """Squares of squares of exp(-30) leave fp32."""
     x = clustered_features(1, n, 128, device=device) + shift
     assert agreement(x, 4, "feature") >= 0.99
+
+
+def test_below_the_smallest_sigmoid_features_are_alike(backend, device):
+    """exp(-95) is no normal float32; whether it is one at all must not make groups."""
+    x = -95 - clustered_features(1, 12, 4, device=device).abs()
+    labels, loadings = lvtp.psca(x, 3)
+    assert not labels.any()
+    assert not loadings.any()
+
+
+def test_an_eigenvalue_at_zero(backend, device):
+    """Of two tokens about their mean the second component is zero, which bisection tries first."""
+    g = torch.Generator().manual_seed(0)
+    _, loadings = lvtp.psca(torch.randn(9, 2, 17, generator=g).to(device), 2, "token")
+    assert_close(loadings.cpu(), torch.full((9, 2), 0.5**0.5), rtol=0, atol=1e-4)
+
+
+@pytest.mark.large
+@pytest.mark.parametrize(("n", "d", "groups"), [(40, 17, 5), (200, 64, 16), (500, 128, 50)])
+def test_more_groups_than_components(backend, device, n, d, groups):
+    """Tokens of one value throughout, so one component: what rounding leaves beside it takes no token from it."""
+    g = torch.Generator().manual_seed(n)
+    x = (0.01 * torch.randn(2, n, 1, generator=g)).repeat(1, 1, d).to(device)
+    x[:, n // 2] = 3
+    verdicts.psca(lvtp.psca(x, groups, "token"), x, groups, "token")
 
 
 @pytest.mark.parametrize("n", [31, 33, 575, 577])

@@ -123,7 +123,11 @@ void bring_into_range(Team& team, const Panels& panels, float largest) {
 
 }  // namespace
 
-// V = A U, columns of length 1.
+// The square of a column of A U over that of the first, below which the column says nothing: beyond the rank of A it is
+// what rounding leaves, most of it along the first one, and brought to length 1 it would take tokens from that.
+constexpr double kRank = 1e-9;
+
+// V = A U, columns of length 1; zero beyond the rank.
 template <class Rows>
 static Eigenvectors<float> project(Team& team, const Rows& a, int64_t n, int64_t d, Eigenvectors<float>& u) {
   constexpr int64_t kLanes = Eigenvectors<float>::kLanes;
@@ -139,10 +143,12 @@ static Eigenvectors<float> project(Team& team, const Rows& a, int64_t n, int64_t
       std::copy_n(product, (std::min(n, (s + 1) * kTile) - s * kTile) * kLanes, v.block(b) + s * kTile * kLanes);
     }
   });
+  double largest = 0.0;
   for (int64_t g = 0; g < u.count; ++g) {
     double square = 0.0;
     for (int64_t i = 0; i < n; ++i) square += static_cast<double>(v(i, g)) * v(i, g);
-    const auto scale = square > 0.0 ? static_cast<float>(1.0 / std::sqrt(square)) : 0.0f;
+    largest = std::max(largest, square);
+    const auto scale = square > kRank * largest ? static_cast<float>(1.0 / std::sqrt(square)) : 0.0f;
     for (int64_t i = 0; i < n; ++i) v(i, g) *= scale;
   }
   return v;

@@ -213,11 +213,13 @@ inline void eight_eigenpairs(
     }
     alone = isolated ? alone + 1 : 0;
   }
-  // Twice, because the first vector improves the eigenvalue, as far as its bracket allows.
+  // Twice, because the first vector improves the eigenvalue, as far as its bracket allows. One at the bracket's end, as
+  // 0 is where a bisection has tried it, is held there.
   Eight value = 0.5 * (lower + upper);
   for (int round = 0; round < 2; ++round) {
     const Eight better = value + twisted(diagonal, beside, n, value, scratch, scratch + n * 8, z);
-    value = (better > lower) & (better < upper) ? better : value;
+    const Eight capped = better < upper ? better : upper;
+    value = capped > lower ? capped : lower;
   }
   store(values, value);
 }
