@@ -1,5 +1,7 @@
 """The baselines compute what the operators do, and the benchmarks' own tools do what their reports say."""
 
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import lvtp
 
 sys.path.append(str(Path(__file__).parents[1]))  # bench/ is not installed
 
-from bench import baselines
+from bench import baselines, soak
 from bench.shapes import Shape, arguments
 
 SHAPE = Shape("small", 2, 200, 64, 32)
@@ -61,3 +63,59 @@ def test_quality_measures_what_it_says():
         picks = quality.grid(k)
         assert len(picks.unique()) == k
         assert 0 <= picks.min() <= picks.max() < 576
+
+
+# ---------------------------------------------------------------------------------------------------------------- soak
+
+
+def test_a_soak_finds_nothing(capsys):
+    assert soak.main(["--minutes", "0.03", "--seed", "0"]) == 0
+    said = capsys.readouterr().out
+    for op in lvtp.ops.OPS:
+        assert f"\n{op} " in said
+
+
+def second_best(features, importance, k, gamma, mask):
+    """The picks in another order."""
+    return lvtp.reference.greedy_suppression(importance, lvtp.cosine_similarity(features), k, gamma, mask).flip(1)
+
+
+BROKEN = {
+    "id_selection": (second_best, "is left to rounding|is -1|ends in"),
+    "cluster_nms": (lambda scores, *_: scores > 0, "against the rule"),
+    "dynamic_budget": (lambda features, total, _: torch.full((len(features),), total), "in all|more than"),
+    "mean_similarity": (lambda features, _: features.sum(), "assert rho.dtype|assert rho.shape"),
+}
+
+
+@pytest.mark.parametrize("op", BROKEN)
+def test_a_soak_finds_a_broken_backend(capsys, monkeypatch, op):
+    broken, said = BROKEN[op]
+    monkeypatch.setattr(lvtp.reference, op, broken)
+    assert soak.main(["--minutes", "0.01", "--seed", "0", "--only", op]) == 1
+    lines = capsys.readouterr().out
+    assert re.search(f"reference on cpu: .*({said})", lines)
+    repeat = re.search(r"python -m bench.soak (--minutes 0 --seed \d+ --only \w+)", lines)
+    assert soak.main(repeat[1].split()) == 1
+
+
+def test_a_soak_notices_what_is_refused_in_other_words(capsys, monkeypatch):
+    monkeypatch.setattr(lvtp.reference.checks, "check_center", lambda *_: None)
+    assert soak.main(["--minutes", "0.02", "--seed", "0", "--only", "psca"]) == 1
+    assert "refused differently on cpu" in capsys.readouterr().out
+
+
+def test_a_soak_does_not_hang():
+    script = """
+import sys, time
+import lvtp
+from bench import soak
+soak.PATIENCE = 1
+lvtp.reference.psca = lambda *_: time.sleep(60)
+sys.exit(soak.main(["--minutes", "1", "--seed", "3", "--only", "psca"]))
+"""
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, timeout=50)
+    assert done.returncode != 0
+    assert "hangs: python -m bench.soak --minutes 0 --seed 3 --only psca" in done.stderr
+    assert "Timeout" in done.stderr
