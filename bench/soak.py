@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
     print(", ".join(f"{backend} on {device}" for backend, device in where) + f"; seed {first}", flush=True)
 
     tallies, started, seconds = {op: Tally() for op in ops}, time.monotonic(), 60 * options.minutes
-    bar = tqdm(total=seconds, bar_format="{percentage:3.0f}%|{bar}| {n:.0f} of {total:.0f} s{postfix}")
+    bar = tqdm(total=seconds, bar_format="{percentage:3.0f}%|{bar}| {n:.0f} of {total:.0f} s{postfix}", mininterval=1)
     try:
         for seed in count(first):
             for op in ops:

@@ -1,5 +1,6 @@
 """The baselines compute what the operators do, and the benchmarks' own tools do what their reports say."""
 
+import json
 import re
 import subprocess
 import sys
@@ -119,3 +120,31 @@ sys.exit(soak.main(["--minutes", "1", "--seed", "3", "--only", "psca"]))
     assert done.returncode != 0
     assert "hangs: python -m bench.soak --minutes 0 --seed 3 --only psca" in done.stderr
     assert "Timeout" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------- prefill
+
+
+def test_prefill_measures_every_part_of_every_variant(tmp_path, capsys, monkeypatch):
+    """The same code as on a GPU, but for the clock, on tiny models."""
+    prefill = pytest.importorskip("bench.prefill", reason="needs the hf extra", exc_type=ImportError)
+    arguments = ["--device", "cpu", "--geometry", "tiny", "--batch", "1", "--batch", "2", "--seconds", "0", "--out"]
+    prefill.main([*arguments, str(tmp_path)])
+    result = json.loads((tmp_path / "prefill.json").read_text())
+    assert {"machine", "date", "commit", "torch", "rows"} <= result.keys()
+    table = capsys.readouterr().out
+    a_token = 2 * 2 * 32 * 2 * 2  # keys and values, layers, width, bytes, prompts
+    text = prefill.TEXT_BEFORE + prefill.TEXT_AFTER
+    for model, subject in prefill.SUBJECTS.items():
+        unpruned, *pruned = rows = [row for row in result["rows"] if row["model"] == model]
+        newlines = 0 if subject.crops == 1 else 16
+        assert (unpruned["method"], unpruned["keep"]) == ("none", 64 * subject.crops)
+        assert unpruned["kv_bytes"] == (unpruned["keep"] + newlines + text) * a_token
+        for row in pruned:
+            assert row["kv_bytes"] == (row["keep"] + text) * a_token
+            assert all(row[f"{part}_ms"] > 0 for part in ("tower", "prefill", "first_token"))
+            assert row["method"] == "overhead" or row["selection_ms"] > 0
+        backends = {(row["method"], row["backend"]) for row in rows}
+        wanted = {(m, b) for m in ("id_selection", "prune_sid") for b in ("native", "reference", "published")}
+        assert backends == wanted | {("none", "none"), ("overhead", "native")}
+        assert f"{model}, batch 2" in table

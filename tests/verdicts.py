@@ -52,7 +52,8 @@ def cosine_similarity(sim, features):
     assert sim.dtype == torch.float32
     assert sim.shape == (*features.shape[:2], features.shape[1])
     worst = max((abs(s - oracle.similarity(x)).max() for s, x, _ in images(None, sim, features)), default=0.0)
-    return _at_most(worst, SIMILARITY, "similarity")
+    # Sums of many products round more.
+    return _at_most(worst, SIMILARITY * max(1.0, math.sqrt(features.shape[2] / 256)), "similarity")
 
 
 def mean_similarity(rho, features, mask=None):
