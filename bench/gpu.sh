@@ -59,11 +59,13 @@ files=(tests/test_psca.py tests/test_prune_sid.py tests/test_id_selection.py tes
   tests/test_mean_similarity.py tests/test_greedy_suppression.py tests/test_cluster_nms.py)
 on_gpu gpu-tests 60 "${tested[@]}" tests/test_gpu.py -k 'not triton'
 on_gpu native 60 "${tested[@]}" "${files[@]}" tests --ignore=tests/test_gpu.py --ignore=tests/hf -k native
-on_gpu bench 150 "$PYTHON" -m bench.gpu "$results"
+on_gpu bench 130 "$PYTHON" -m bench.gpu "$results"
+on_gpu prefill 110 "$PYTHON" -m bench.prefill --device cuda --seconds 8 --out "$results"
+on_gpu soak 50 "$PYTHON" -m bench.soak --minutes 0.5
 # Under the sanitizer a kernel is 10 to 100 times slower, so: small shapes, and no test that starts other processes.
 # torch's own cache of memory would hide what is written beyond a tensor's end.
 for tool in memcheck racecheck synccheck; do
-  on_gpu "$tool" 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 \
+  on_gpu "$tool" 35 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 \
     "${tested[@]}" "${files[@]}" -k 'native and (33 or mask or tie or finite or any_length or (psca and 577))'
 done
 on_gpu triton 60 "${tested[@]}" tests/test_gpu.py "${files[@]}" -k triton
