@@ -2,13 +2,16 @@
 
 LLaVA-1.5-7B and LLaVA-NeXT-7B from their configurations, with random weights (they do not change the time; what the
 selectors skip on a CPU depends on features, a little), bf16, SDPA. On a CPU the decoder has fewer layers of the true
-width, and the rows say so. One call is the processor's inputs to the first token; its parts, between marks in the one
-stream of work: tower (and projector), importance, selection, merge (the shorter prompt put together), prefill, first
-token. The variants of a group take turns; medians. prefill.json is rewritten after each group.
+width, and the rows say so; there, times are CPU time of one thread, to which what else runs adds little.
+
+One call is from the processor's inputs to the first token; its parts, between marks: tower (and projector), importance,
+selection, merge (the shorter prompt put together), prefill, first token. The variants of a group take turns; medians.
+prefill.json is rewritten after each group.
 """
 
 import argparse
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -61,7 +64,7 @@ class Geometry(NamedTuple):
 
 GEOMETRIES = {
     "7b": Geometry("7B"),
-    "cpu": Geometry("scaled down: CLIP-L and 4 of 32 decoder layers of the 7B width", layers=4),
+    "cpu": Geometry("scaled down: CLIP-L, and 4 of 32 decoder layers of the 7B width", layers=4),
     "tiny": Geometry("tiny, for a dry run: its times mean nothing", 2, 32, 2, 32, 2, side=112),
 }
 
@@ -123,7 +126,7 @@ def inputs_of(subject: Subject, geometry: Geometry, batch: int, device: torch.de
 
 
 class Marks:
-    """Moments of one call, on the device's own clock: the end of each part."""
+    """Moments of one call, the end of each part, on the device's own clock."""
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
@@ -140,7 +143,7 @@ class Marks:
             now = torch.cuda.Event(enable_timing=True)
             now.record()
         else:
-            now = time.perf_counter()
+            now = time.process_time()
         self._ends.append((part, now))
 
     def milliseconds(self) -> dict[str, float]:
@@ -244,11 +247,18 @@ class Group:
             for turn in range(1 + ROUNDS):  # the first one warms up
                 if turn > FEWEST and time.monotonic() - begin > seconds:
                     break
-                for variant, times in found.items():
+                for variant in list(found):
                     bar.set_postfix_str(f"{variant.method} {variant.backend} {variant.keep}", refresh=False)
-                    one = self.run(variant)
+                    try:
+                        times = self.run(variant)
+                    except RuntimeError as error:  # the others may still do
+                        if variant.method in ("none", "bare", "pruned"):
+                            raise
+                        bar.write(f"{variant} failed: {str(error).splitlines()[0]}")
+                        del found[variant]
+                        continue
                     if turn > 0:
-                        times.append(one)
+                        found[variant].append(times)
                     bar.update()
         return found
 
@@ -315,7 +325,7 @@ def default_folder(device: torch.device) -> Path:
         name = re.sub(r"[ /]+", "-", torch.cuda.get_device_name(device))
     else:
         known = re.search(r"Xeon|EPYC|Ryzen|Core|Apple M\d|Neoverse", machine(device))
-        name = f"{known[0].replace(' ', '-') if known else 'CPU'}-{torch.get_num_threads()}-cores"
+        name = f"{known[0].replace(' ', '-') if known else 'CPU'}-{os.cpu_count()}-cores"
     return Path(__file__).parent / "results" / f"{name}-{date.today().isoformat()}"
 
 
@@ -339,6 +349,8 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         sys.exit(f"bench.prefill: no CUDA device (torch {torch.__version__})")
+    if device.type == "cpu":
+        torch.set_num_threads(1)
     geometry = GEOMETRIES[options.geometry or ("7b" if device.type == "cuda" else "cpu")]
     batches = options.batch or ([1, 8] if device.type == "cuda" else [1])
     folder = options.out or default_folder(device)
@@ -346,7 +358,8 @@ def main(argv: list[str] | None = None) -> None:
 
     result = {
         "machine": machine(device), "date": date.today().isoformat(), "commit": commit(), "torch": torch.__version__,
-        "dtype": "bfloat16", "attention": "sdpa", "rows": [],
+        "dtype": "bfloat16", "attention": "sdpa",
+        "clock": "CUDA events" if device.type == "cuda" else "CPU time, one thread", "rows": [],
     }  # fmt: skip
     print(result["machine"], flush=True)
     for name in options.model or SUBJECTS:

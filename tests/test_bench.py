@@ -128,8 +128,9 @@ sys.exit(soak.main(["--minutes", "1", "--seed", "3", "--only", "psca"]))
 def test_prefill_measures_every_part_of_every_variant(tmp_path, capsys, monkeypatch):
     """The same code as on a GPU, but for the clock, on tiny models."""
     prefill = pytest.importorskip("bench.prefill", reason="needs the hf extra", exc_type=ImportError)
-    arguments = ["--device", "cpu", "--geometry", "tiny", "--batch", "1", "--batch", "2", "--seconds", "0", "--out"]
-    prefill.main([*arguments, str(tmp_path)])
+    monkeypatch.setattr(prefill, "FEWEST", 1)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # the other tests keep theirs
+    prefill.main([*["--device", "cpu", "--geometry", "tiny", "--batch", "2", "--seconds", "0", "--out"], str(tmp_path)])
     result = json.loads((tmp_path / "prefill.json").read_text())
     assert {"machine", "date", "commit", "torch", "rows"} <= result.keys()
     table = capsys.readouterr().out
@@ -148,3 +149,19 @@ def test_prefill_measures_every_part_of_every_variant(tmp_path, capsys, monkeypa
         wanted = {(m, b) for m in ("id_selection", "prune_sid") for b in ("native", "reference", "published")}
         assert backends == wanted | {("none", "none"), ("overhead", "native")}
         assert f"{model}, batch 2" in table
+
+
+def test_prefill_goes_on_without_a_variant_that_fails(monkeypatch, capsys):
+    prefill = pytest.importorskip("bench.prefill", reason="needs the hf extra", exc_type=ImportError)
+
+    def fails(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(lvtp.reference, "id_selection", fails)
+    monkeypatch.setattr(prefill, "ROUNDS", 1)
+    subject, geometry, cpu = prefill.SUBJECTS["llava-1.5-7b"], prefill.GEOMETRIES["tiny"], torch.device("cpu")
+    group = prefill.Group(prefill.build(subject, geometry, cpu), subject, geometry, 1, cpu)
+    failing = prefill.Variant("id_selection", "reference", 7)
+    group.variants = [group.variants[0], failing]
+    assert list(group.measure(0.0)) == group.variants[:1]
+    assert f"{failing} failed: out of memory" in capsys.readouterr().out
