@@ -6,6 +6,9 @@ namespace {
 
 constexpr int kThreads = 256;
 
+// Below -87 it is no normal fp32 number any more; a feature counts as that much.
+__device__ float sigmoid(float v) { return 1.0f / (1.0f + expf(-fmaxf(v, -87.0f))); }
+
 // A = sigmoid(x), a row a token, less its mean where `over_features`. Padding and tokens that are not finite become
 // zero rows. usable[i]: 0 for those, and for a centred row that is zero, else 1. A warp a token.
 template <class T>
@@ -22,13 +25,13 @@ __global__ void __launch_bounds__(kThreads) sigmoid_rows(
   for (int64_t c = lane; c < d; c += 32) {
     const float v = value(x[c]);
     finite = finite && isfinite(v);
-    sum += 1.0f / (1.0f + expf(-v));
+    sum += sigmoid(v);
   }
   finite = __all_sync(kFullWarp, finite);
   const float mean = over_features ? static_cast<float>(warp_sum(sum) / static_cast<double>(d)) : 0.0f;
   bool any = false;
   for (int64_t c = lane; c < d; c += 32) {
-    a[c] = finite ? 1.0f / (1.0f + expf(-value(x[c]))) - mean : 0.0f;
+    a[c] = finite ? sigmoid(value(x[c])) - mean : 0.0f;
     any = any || a[c] != 0.0f;
   }
   any = __any_sync(kFullWarp, any);
@@ -135,14 +138,24 @@ cudaError_t launch_multiply(
   return launch(multiply<T>, blocks(images * tiles), kThreads, 0, stream, x, y, same, across, tiles, out_stride, out);
 }
 
-// Vectors [rows, n] to length 1; zero stays zero. A warp a vector.
-__global__ void __launch_bounds__(32) normalise(int64_t n, double* __restrict__ vectors) {
+// The squares of the lengths of vectors [rows, n]. A warp a vector.
+__global__ void __launch_bounds__(32)
+    find_squares(int64_t n, const double* __restrict__ vectors, double* __restrict__ squares) {
   vectors += blockIdx.x * n;
   double square = 0.0;
   for (int64_t i = threadIdx.x; i < n; i += 32) square += vectors[i] * vectors[i];
   square = warp_sum(square);
-  const double scale = square > 0.0 ? 1.0 / sqrt(square) : 0.0;
-  for (int64_t i = threadIdx.x; i < n; i += 32) vectors[i] *= scale;
+  if (threadIdx.x == 0) squares[blockIdx.x] = square;
+}
+
+// To length 1, or zero where the square over that of the image's first vector says that nothing of it is in fp32
+// features: beyond their rank it is what rounding leaves, and would take tokens from the first. A block a vector.
+__global__ void __launch_bounds__(kThreads)
+    normalise(int64_t n, int groups, const double* __restrict__ squares, double* __restrict__ vectors) {
+  constexpr double kRank = 1e-14;
+  const double square = squares[blockIdx.x], first = squares[blockIdx.x / groups * groups];
+  const double scale = square > kRank * first ? 1.0 / sqrt(square) : 0.0;
+  for (int64_t i = threadIdx.x; i < n; i += kThreads) vectors[blockIdx.x * n + i] *= scale;
 }
 
 // The component on which each token loads most. A thread a token.
@@ -170,7 +183,7 @@ __global__ void __launch_bounds__(kThreads) assign(
 bool over_the_features(int64_t n, int64_t d, int64_t groups) { return n > d && 2 * groups <= d; }
 
 struct Pieces {
-  double *matrices, *vectors, *projected;
+  double *matrices, *vectors, *projected, *squares;
   float *a, *usable;
   void* scratch;
   int64_t bytes;
@@ -184,6 +197,7 @@ Pieces divide(void* workspace, int64_t images, int64_t n, int64_t d, int64_t gro
   p.matrices = w.take<double>(images * eigen_matrix_size(rows));
   p.vectors = w.take<double>(images * groups * rows);
   p.projected = transposed ? w.take<double>(images * groups * n) : p.vectors;
+  p.squares = w.take<double>(images * groups);
   p.a = w.take<float>(images * n * d);
   p.usable = w.take<float>(images * n);
   p.scratch = w.take<char>(leading_eigenvectors_workspace(images, rows, groups));
@@ -223,7 +237,9 @@ cudaError_t psca(
   if (transposed) {
     const Rows<double> u{p.vectors, wanted, depth, d, 1, groups * d};
     LVTP_TRY(launch_multiply(u, a, false, images, groups * n, p.projected, stream));
-    LVTP_TRY(launch(normalise, blocks(images * groups), 32, 0, stream, n, p.projected));
+    const unsigned by_vector = blocks(images * groups);
+    LVTP_TRY(launch(find_squares, by_vector, 32, 0, stream, n, p.projected, p.squares));
+    LVTP_TRY(launch(normalise, by_vector, kThreads, 0, stream, n, wanted, p.squares, p.projected));
   }
   return launch(
       assign, blocks(ceil_div(tokens, kThreads)), kThreads, 0, stream, p.projected, p.usable, tokens, n, wanted, labels,

@@ -5,6 +5,7 @@ import os
 import oracle
 import pytest
 import torch
+import verdicts
 from conftest import DTYPES, clustered_features, photograph_features, random_importance
 from torch.testing import assert_close
 from verdicts import greedy_shortfall as shortfall
@@ -345,6 +346,21 @@ def test_psca_of_bad_features_and_with_a_mask(center):
     assert_close(loadings, wanted_loadings, rtol=0, atol=1e-4)
     assert ((loadings == 0) == (wanted_loadings == 0)).all()
     assert (labels == wanted_labels).float().mean() > 0.95
+
+
+def test_psca_at_the_edges_of_rank_and_range():
+    """Fewer components than groups, by either matrix; an eigenvalue of zero; sigmoids that are no normal numbers."""
+    kernels.module().set_seed(4)
+    g = torch.Generator().manual_seed(0)
+    for n, d, groups in ((60, 17, 5), (30, 40, 6), (270, 24, 8)):
+        x = (0.01 * torch.randn(2, n, 1, generator=g)).repeat(1, 1, d)
+        x[:, n // 2] = 3
+        verdicts.psca(kernels.psca(x, groups, "token"), x, groups, "token")
+    _, loadings = kernels.psca(torch.randn(3, 2, 17, generator=g), 2, "token")
+    assert_close(loadings, torch.full((3, 2), 0.5**0.5), rtol=0, atol=1e-4)
+    labels, loadings = kernels.psca(-95 - clustered_features(1, 12, 4).abs(), 3)
+    assert not labels.any()
+    assert not loadings.any()
 
 
 def test_psca_of_equal_tokens():
