@@ -20,10 +20,20 @@ class Shape(NamedTuple):
         """That of a result which holds its fields."""
         return cls(*(result[field] for field in cls._fields))
 
+    @property
+    def size(self) -> str:
+        return f"{self.images} x {self.tokens} x {self.features}, k = {self.keep}"
+
     def __str__(self) -> str:
         return f"{self.model} {self.images}x{self.tokens}x{self.features} k={self.keep}"
 
 
+OPERATORS = (
+    "cosine_similarity", "mean_similarity", "greedy_suppression", "cluster_nms", "psca", "id_selection", "prune_sid",
+    "dynamic_budget",
+)  # fmt: skip
+SELECTORS = ("id_selection", "prune_sid")
+WITHOUT_BUDGET = ("cosine_similarity", "mean_similarity", "dynamic_budget")  # k changes nothing
 SHAPES = (
     Shape("LLaVA-1.5", 1, 576, 1024, 16),
     Shape("LLaVA-1.5", 1, 576, 1024, 64),

@@ -14,7 +14,7 @@ import lvtp
 sys.path.append(str(Path(__file__).parents[1]))  # bench/ is not installed
 
 from bench import baselines, soak
-from bench.shapes import Shape, arguments
+from bench.shapes import SHAPES, Shape, arguments
 
 SHAPE = Shape("small", 2, 200, 64, 32)
 
@@ -165,3 +165,105 @@ def test_prefill_goes_on_without_a_variant_that_fails(monkeypatch, capsys):
     group.variants = [group.variants[0], failing]
     assert list(group.measure(0.0)) == group.variants[:1]
     assert f"{failing} failed: out of memory" in capsys.readouterr().out
+def cpu_result(machine: str, seconds: float) -> dict:
+    """As pytest-benchmark writes them."""
+    rows = []
+    for n, shape in enumerate((*SHAPES[:3], SHAPES[3], SHAPES[4]), 1):
+        extra = {
+            "name": "id_selection", **shape._asdict(), "dtype": "float32", "torch": "2.13.0", "threads": 2,
+            "least_seconds": n * seconds / 5,
+            "baselines": {"reference": 7 * n * seconds, "published loop": 3 * n * seconds},
+        }  # fmt: skip
+        rows.append({"extra_info": extra, "stats": {"median": n * seconds}})
+    return {
+        "machine_info": {"cpu": {"brand_raw": machine, "count": 2}},
+        "commit_info": {"id": "c" * 40, "dirty": False},
+        "datetime": "2026-01-02T03:04:05",
+        "benchmarks": rows,
+    }
+
+
+def gpu_result() -> dict:
+    """As bench.gpu writes them; the figures are made up."""
+    rows = [
+        {
+            "name": name, **shape._asdict(), "dtype": "bfloat16", "seconds": {"lvtp": 1.23e-5, "eager, call": 4.56e-4},
+            "least_seconds": 3.21e-6, "first_seconds": {"lvtp": 0.654}, "bytes": {"eager, call": 87 << 20},
+            "errors": {"triton": "RuntimeError: no such chip"},
+        }
+        for name, shape in (("psca", SHAPES[1]), ("prune_sid", SHAPES[2]))
+    ]  # fmt: skip
+    machine = {"device": "A made-up GPU", "driver": "1", "date": "2026-01-03", "commit": "d" * 40}
+    machine |= {"torch": "2.13.0", "cuda": "13.0"}
+    return {"machine": machine, "rows": rows}
+
+
+@pytest.fixture
+def report():
+    return pytest.importorskip("bench.report", reason="needs the bench extra", exc_type=ImportError)
+
+
+def test_the_report_has_every_figure_of_every_run_and_nothing_across_runs(tmp_path, report, monkeypatch):
+    prefill = {
+        "machine": "a laptop", "date": "2026-01-04", "commit": "e" * 40, "torch": "2.13.0",
+        "rows": [{"model": "tiny", "tokens": 2880, "prefill_ms": 98.76}],
+    }  # fmt: skip
+    files = {
+        "a": ("ops", cpu_result("First CPU", 1.11e-3)), "b": ("ops", cpu_result("Second CPU", 4.71e-3)),
+        "g": ("ops", gpu_result()), "p": ("prefill", prefill),
+    }  # fmt: skip
+    for folder, (name, result) in files.items():
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"{name}.json").write_text(json.dumps(result))
+    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path)])
+    report.main()
+    page = (tmp_path / "README.md").read_text()
+    drawn = {path: path.read_bytes() for path in tmp_path.glob("*/*.png")}
+
+    cpu, rest = page.split("## GPU")
+    gpu, rest = rest.split("## In a model")
+    sections = [cpu.split("### ")[1], cpu.split("### ")[2], gpu]
+    for section, folder, machine in zip(sections, "abg", ("First CPU", "Second CPU", "A made-up GPU"), strict=True):
+        assert machine in section
+        for row in files[folder][1].get("benchmarks", ()):
+            extra, ours = row["extra_info"], row["stats"]["median"]
+            times = [report.digits(1e3 * s) for s in (ours, *extra["baselines"].values(), extra["least_seconds"])]
+            assert [f"float32 | {times[0]} |" in each for each in sections] == [each is section for each in sections]
+            assert "| {} | {} (7.00x) | {} (3.00x) | {} (20%) |".format(*times) in section
+    for figure in ("12.3", "456 (37.1x)", "3.21 (26%)", "0.654 s", "87.0 MiB", "failed: RuntimeError: no such chip"):
+        assert gpu.count(figure) >= 2, figure
+    assert "| tiny | 2880 | 98.8 |" in rest
+    for date, commit in (("2026-01-02", "c"), ("2026-01-03", "d"), ("2026-01-04", "e")):
+        assert date in page
+        assert commit * 12 in page
+
+    for link in re.findall(r"!\[.*?\]\((.*?)\)", page):
+        assert tmp_path / link in drawn
+    assert {path.name for path in drawn} == {"latency-id_selection.png", "speedup.png"}
+    report.main()
+    assert page == (tmp_path / "README.md").read_text()
+    assert drawn == {path: path.read_bytes() for path in drawn}
+
+
+def test_the_report_gives_three_digits(report):
+    values = {0.025678: "0.0257", 1.5: "1.50", 99.96: "100", 1193.5: "1194", 0.0: "0.00"}
+    assert {value: report.digits(value) for value in values} == values
+
+
+def test_the_report_says_what_was_not_measured(tmp_path, report):
+    assert report.page(tmp_path).count("Not measured yet") == 3
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "ops.json").write_text(json.dumps(cpu_result("A CPU", 1e-3)))
+    page = report.page(tmp_path)
+    assert page.count("Not measured yet") == 2
+    for name in report.OPERATORS:
+        assert ("any shape" in page.split(f"- `{name}`: ")[1].splitlines()[0]) == (name != "id_selection")
+    left = page.split("- `id_selection`: ")[1].splitlines()[0].split("; ")
+    assert left == [shape.size for shape in SHAPES[5:]]
+
+
+def test_the_committed_report_is_of_the_committed_results(report):
+    results = report.RESULTS
+    assert (results / "README.md").read_text() == report.page(results)
+    for link in re.findall(r"\]\((.*?)\)", report.page(results)):
+        assert (results / link).exists(), link

@@ -1,0 +1,195 @@
+"""`python -m bench.report`: every JSON file under bench/results in one page, bench/results/README.md, with plots.
+
+Each run is a section of its own, and a figure is only compared with others of its run. What is registered in
+bench.shapes and not in a run is named. The page holds nothing but what the files hold: a second run changes nothing.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from bench import charts, runs
+from bench.runs import Row, Run
+from bench.shapes import OPERATORS, SELECTORS, SHAPES
+
+RESULTS = Path(__file__).parent / "results"
+UNITS = {"CPU": ("ms", 1e3), "GPU": ("us", 1e6)}
+
+PAGE = """# Benchmarks
+
+Made by `python -m bench.report` from the JSON files in this folder. Each section is one run on one machine, and no
+figure is compared with another section's. Times are medians; in brackets, how many times what lvtp takes. The variants
+of a row take turns, so each call finds the caches full of the others' data. A dash: not timed there.
+
+**at least** is the roofline: the longer of the bytes that the rule cannot do without (its input read once, its result
+written) at the speed of a copy, and its products at the speed of a large matrix product, both as measured on that
+machine. The percentage is its share of what lvtp takes; above 100%, the input came from a cache.
+
+## CPU
+
+{cpu}
+
+## GPU
+
+{gpu}
+
+## In a model
+
+{models}
+
+## What the picks keep
+
+Measured on photographs, without weights: [quality](quality/README.md).
+"""
+NOTHING = {
+    "CPU": "Not measured yet: `make bench` does it.",
+    "GPU": "Not measured yet: no GPU has run this version. `bench/gpu.sh` builds, tests and times it on a machine that "
+    "has one.",
+    "models": "Not measured yet. Time to first token at 7B needs a GPU and has not been measured at all.",
+}
+
+
+def digits(value: float) -> str:
+    """Three significant digits, without an exponent."""
+    exponent = int(f"{value:.2e}".split("e")[1])  # of what it rounds to: 99.96 is 100
+    return f"{value:.{max(0, 2 - exponent)}f}"
+
+
+def table(head: list[str], lines: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *lines))
+
+
+def folded(title: str, text: str) -> str:
+    return f"<details><summary>{title}</summary>\n\n{text}\n\n</details>"
+
+
+def variants(rows: list[Row]) -> list[str]:
+    """Ours first, then the others as they come."""
+    return list(dict.fromkeys(["lvtp", *(v for row in rows for v in (*row.seconds, *row.errors))]))
+
+
+def label(row: Row) -> list[str]:
+    return [row.model, row.size, row.dtype]
+
+
+def cell(row: Row, variant: str, scale: float) -> str:
+    seconds = row.seconds.get(variant)
+    if seconds is None:
+        return "failed" if variant in row.errors else "-"
+    text = digits(seconds * scale)
+    return f"{text} ({digits(seconds / row.ours)}x)" if variant != "lvtp" and row.ours else text
+
+
+def roofline(row: Row, scale: float) -> str:
+    if row.least is None:
+        return "-"
+    share = f" ({100 * row.least / row.ours:.0f}%)" if row.ours else ""
+    return digits(row.least * scale) + share
+
+
+def times(run: Run, rows: list[Row]) -> str:
+    unit, scale = UNITS[run.device]
+    shown = variants(rows)
+    head = ["model", "B x N x D", "dtype", f"lvtp, {unit}", *shown[1:], "at least"]
+    return table(head, [[*label(r), *(cell(r, v, scale) for v in shown), roofline(r, scale)] for r in rows])
+
+
+def costs(rows: list[Row]) -> str:
+    """Memory and first calls, where a run has them."""
+    rows = [row for row in rows if row.memory or row.first]
+    if not rows:
+        return ""
+    shown = list(dict.fromkeys(v for row in rows for v in (*row.first, *row.memory)))
+
+    def both(row: Row, variant: str) -> str:
+        first, memory = row.first.get(variant), row.memory.get(variant)
+        parts = [] if first is None else [f"{digits(first)} s"]
+        parts += [] if memory is None else [f"{digits(memory / 2**20)} MiB"]
+        return ", ".join(parts) or "-"
+
+    head = ["model", "B x N x D", "dtype", *shown]
+    about = "Until the first result, compiling and capturing included; and memory on top of the inputs."
+    return f"\n\n{about}\n\n" + table(head, [[*label(row), *(both(row, v) for v in shown)] for row in rows])
+
+
+def failures(rows: list[Row]) -> str:
+    lines = [
+        f"- {', '.join(label(row))}: {variant} failed: {why.splitlines()[0]}"
+        for row in rows
+        for variant, why in row.errors.items()
+    ]
+    return "\n\n" + "\n".join(lines) if lines else ""
+
+
+def missing(run: Run) -> str:
+    """What bench.shapes registers and this run does not have, by operator."""
+    dtypes = list(dict.fromkeys(row.dtype for row in run.rows))
+    timed = {(row.name, row.dtype, row.size) for row in run.rows if row.ours is not None}
+    lines = []
+    for name in OPERATORS:
+        rows = [Row(name, shape, dtype, "", {}) for shape in SHAPES for dtype in dtypes]
+        # A similarity matrix is always fp32, and so are the operators that take one.
+        left = [r for r in rows if (name, r.dtype, r.size) not in timed]
+        if name in ("greedy_suppression", "cluster_nms"):
+            left = [r for r in left if r.dtype == "float32"]
+        by_size = {}
+        for row in left:
+            by_size.setdefault(row.size, []).append(row.dtype)
+        if len(left) == len(rows):
+            lines.append(f"- `{name}`: any shape")
+        elif left:
+            partly = {s: sorted(set(d)) for s, d in by_size.items() if set(d) != set(dtypes)}
+            shapes = [s + (f" in {' and '.join(partly[s])}" if s in partly else "") for s in by_size]
+            lines.append(f"- `{name}`: {'; '.join(shapes)}")
+    return "Registered, and not timed in this run:\n\n" + "\n".join(lines) if lines else ""
+
+
+def section(run: Run) -> str:
+    names = [name for name in OPERATORS if any(row.name == name for row in run.rows)]
+    first = run.rows[0].dtype
+    headline = [r for r in run.rows if r.name in SELECTORS and r.dtype == first and r.shape in SHAPES and not r.input]
+    parts = [f"### {run.machine}, {run.date}", f"Commit {run.commit}, {run.software}."]
+    parts += [f"![{title}]({run.folder.name}/{name})" for name, title in charts.files(run).items()]
+    for name in SELECTORS:
+        if rows := [row for row in headline if row.name == name]:
+            parts += [f"`{name}`, {first}:", times(run, rows)]
+    parts.append("Every operator, shape and dtype that was timed:")
+    for name in names:
+        rows = [row for row in run.rows if row.name == name]
+        parts.append(folded(f"<code>{name}</code>, {len(rows)} rows", times(run, rows) + costs(rows) + failures(rows)))
+    return "\n\n".join(filter(None, (*parts, missing(run))))
+
+
+def models(results: Path) -> list[str]:
+    """Every prefill.json as it is: its rows' fields are the columns."""
+    found = []
+    for path in sorted(results.glob("*/prefill.json")):
+        result = json.loads(path.read_text())
+        head = list(dict.fromkeys(field for row in result["rows"] for field in row))
+        values = [[row.get(field, "-") for field in head] for row in result["rows"]]
+        lines = [[digits(v) if isinstance(v, float) else str(v) for v in each] for each in values]
+        about = f"Commit {result['commit'][:12]}, torch {result['torch']}."
+        found.append(f"### {result['machine']}, {result['date']}\n\n{about}\n\n{table(head, lines)}")
+    return found
+
+
+def page(results: Path) -> str:
+    found = runs.read(results)
+    parts = {device: [section(run) for run in found if run.device == device] for device in UNITS}
+    parts["models"] = models(results)
+    text = {part: "\n\n".join(sections) or NOTHING[part] for part, sections in parts.items()}
+    return PAGE.format(cpu=text["CPU"], gpu=text["GPU"], models=text["models"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=Path, nargs="?", default=RESULTS)
+    results = parser.parse_args().results
+    for run in runs.read(results):
+        charts.draw(run)
+    (results / "README.md").write_text(page(results))
+    print(results / "README.md")
+
+
+if __name__ == "__main__":
+    main()

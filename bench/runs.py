@@ -1,0 +1,119 @@
+"""The results under a folder in one form: a CPU's from pytest-benchmark's JSON, a GPU's from bench.gpu's."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from bench.shapes import WITHOUT_BUDGET, Shape
+
+
+@dataclass(frozen=True)
+class Row:
+    """One operator on one input: the seconds of "lvtp" and of whatever took turns with it."""
+
+    name: str
+    shape: Shape
+    dtype: str
+    input: str  # empty: as bench.shapes makes them
+    seconds: dict[str, float]
+    least: float | None = None  # seconds that the machine's peaks allow
+    first: dict[str, float] = field(default_factory=dict)  # seconds until the first result
+    memory: dict[str, int] = field(default_factory=dict)  # bytes on top of the inputs
+    errors: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def size(self) -> str:
+        return self.shape.size.split(",")[0] if self.name in WITHOUT_BUDGET else self.shape.size
+
+    @property
+    def model(self) -> str:
+        return self.shape.model + (f": {self.input}" if self.input else "")
+
+    @property
+    def ours(self) -> float | None:
+        return self.seconds.get("lvtp")
+
+
+class Run(NamedTuple):
+    """All that was timed on one machine at one time; its figures are compared with each other and with no others."""
+
+    folder: Path
+    device: str  # CPU or GPU
+    machine: str
+    date: str
+    commit: str
+    software: str
+    rows: list[Row]
+
+    @property
+    def caption(self) -> str:
+        return f"{self.machine}, {self.date}, commit {self.commit}, {self.software}"
+
+
+def cpu_run(path: Path, found: dict) -> Run:
+    info = found["machine_info"]["cpu"]
+    rows = []
+    for each in found["benchmarks"]:
+        extra = each["extra_info"]
+        seconds = {"lvtp": each["stats"]["median"], **extra["baselines"]}
+        rows.append(
+            Row(
+                extra["name"],
+                Shape.of(extra),
+                extra["dtype"],
+                extra.get("input", ""),
+                seconds,
+                extra.get("least_seconds"),
+            )
+        )
+    first = found["benchmarks"][0]["extra_info"]
+    return Run(
+        folder=path.parent,
+        device="CPU",
+        machine=f"{info['brand_raw']}, {info['count']} cores",
+        date=found["datetime"][:10],
+        commit=found["commit_info"]["id"][:12] + (", with changes" if found["commit_info"]["dirty"] else ""),
+        software=f"torch {first['torch']}, {first['threads']} threads",
+        rows=rows,
+    )
+
+
+def gpu_run(path: Path, found: dict) -> Run:
+    about = found["machine"]
+    return Run(
+        folder=path.parent,
+        device="GPU",
+        machine=f"{about['device']}, driver {about['driver']}",
+        date=about["date"],
+        commit=about["commit"][:12],
+        software=f"torch {about['torch']}, CUDA {about['cuda']}",
+        rows=[
+            Row(
+                row["name"],
+                Shape.of(row),
+                row["dtype"],
+                row.get("input", ""),
+                row["seconds"],
+                row["least_seconds"],
+                row["first_seconds"],
+                row["bytes"],
+                row["errors"],
+            )
+            for row in found["rows"]
+        ],
+    )
+
+
+def read(results: Path) -> list[Run]:
+    """Those of every ops.json below `results`, by folder."""
+    runs = []
+    for path in sorted(results.glob("*/ops.json")):
+        found = json.loads(path.read_text())
+        if "benchmarks" in found:
+            runs.append(cpu_run(path, found))
+        elif "rows" in found:
+            runs.append(gpu_run(path, found))
+        else:
+            raise ValueError(f"{path}: neither pytest-benchmark's JSON nor bench.gpu's")
+    return [run for run in runs if run.rows]
