@@ -1,7 +1,7 @@
 # make demo   the main job on a photograph: out/demo holds the picture
 # make test   everything that runs without a GPU (and, with one, everything)
 # make sanitize  the CPU library's tests under sanitizers
-# make bench  the operators beside the reference, timed on this machine
+# make bench  the operators beside the reference, timed on this machine; make report puts the figures in a page
 # make lint   ruff and clang-format; make format applies them
 # Each sets up .venv on first use. TORCH says which torch that is, for example TORCH=torch for the newest.
 PYTHON ?= python3
@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.h csrc/*/*/*.cpp)
 LINTED := $(CPP) $(wildcard examples/cpp/*.cpp tests/emulation/*.h tests/emulation/*.cpp tests/emulation/*.cu tests/emulation/include/*.h)
 
-.PHONY: demo test sanitize bench lint format clean
+.PHONY: demo test sanitize bench report lint format clean
 
 demo: $(VENV)/built
 	$(BIN)/lvtp demo --out out/demo
@@ -35,7 +35,12 @@ sanitize: $(VENV)/built
 
 bench: $(VENV)/built
 	$(BIN)/pip install --quiet -e ".[bench]" --no-build-isolation
-	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=out/bench.json
+	mkdir -p out
+	$(BIN)/python -m pytest bench -q --benchmark-only --benchmark-quiet --benchmark-json=out/ops.json
+	$(BIN)/python -m bench.runs out/ops.json
+
+report:
+	$(BIN)/python -m bench.report
 
 lint: $(VENV)/linters
 	$(BIN)/ruff check .

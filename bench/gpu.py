@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 import lvtp
 from bench import baselines
-from bench.shapes import SHAPES, Shape, arguments
+from bench.shapes import SHAPES, Shape, arguments, work
 
 BATCH = Shape("LLaVA-1.5, batch", 64, 576, 1024, 64)
 ONE, KEEP_192 = SHAPES[1], SHAPES[2]
@@ -47,15 +47,11 @@ SECONDS = 1.5  # for a row's rounds
 
 
 def least_seconds(name: str, shape: Shape, dtype: torch.dtype) -> float | None:
-    """What the device's peaks allow: features read once, the matrix written where that is the result, and the products
-    of a full Gram matrix (mean_similarity needs none). None for a device or dtype whose peaks are not on record."""
+    """What the device's peaks allow. None for a device or dtype whose peaks are not on record."""
     peaks = next((peak for chip, peak in PEAKS.items() if chip in torch.cuda.get_device_name()), None)
     if peaks is None or dtype == torch.float32:
         return None
-    b, n, d = shape.images, shape.tokens, shape.features
-    moved = b * n * d * dtype.itemsize + (b * n * n * 4 if name == "cosine_similarity" else 0)
-    products = 2 * b * n * d * (1 if name == "mean_similarity" else n)
-    return max(moved / peaks[0], products / peaks[1])
+    return max(amount / peak for amount, peak in zip(work(name, shape, dtype), peaks, strict=True))
 
 
 def captured(run: Callable) -> Callable:

@@ -12,7 +12,6 @@ from bench import charts, runs
 from bench.runs import Row, Run
 from bench.shapes import OPERATORS, SELECTORS, SHAPES
 
-RESULTS = Path(__file__).parent / "results"
 UNITS = {"CPU": ("ms", 1e3), "GPU": ("us", 1e6)}
 
 PAGE = """# Benchmarks
@@ -21,9 +20,10 @@ Made by `python -m bench.report` from the JSON files in this folder. Each sectio
 figure is compared with another section's. Times are medians; in brackets, how many times what lvtp takes. The variants
 of a row take turns, so each call finds the caches full of the others' data. A dash: not timed there.
 
-**at least** is the roofline: the longer of the bytes that the rule cannot do without (its input read once, its result
-written) at the speed of a copy, and its products at the speed of a large matrix product, both as measured on that
-machine. The percentage is its share of what lvtp takes; above 100%, the input came from a cache.
+**at least** is the roofline: the longer of the rule's bytes (its input read once, its result written) at the speed of a
+copy, and its products at the speed of a large matrix product, both as measured on that machine (`work` in
+[shapes.py](../shapes.py) counts them). The percentage is its share of what lvtp takes; above 100%, the input came from
+a cache or products were skipped, as ID-Selection's lazy loop does.
 
 ## CPU
 
@@ -141,7 +141,10 @@ def missing(run: Run) -> str:
             partly = {s: sorted(set(d)) for s, d in by_size.items() if set(d) != set(dtypes)}
             shapes = [s + (f" in {' and '.join(partly[s])}" if s in partly else "") for s in by_size]
             lines.append(f"- `{name}`: {'; '.join(shapes)}")
-    return "Registered, and not timed in this run:\n\n" + "\n".join(lines) if lines else ""
+    about = "Registered, and not timed in this run"
+    if run.device == "CPU":
+        about += " (`make bench` leaves out what takes minutes or a matrix of 1 GiB; Triton runs on GPUs alone)"
+    return f"{about}:\n\n" + "\n".join(lines) if lines else ""
 
 
 def section(run: Run) -> str:
@@ -183,7 +186,7 @@ def page(results: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path, nargs="?", default=RESULTS)
+    parser.add_argument("results", type=Path, nargs="?", default=runs.RESULTS)
     results = parser.parse_args().results
     for run in runs.read(results):
         charts.draw(run)

@@ -1,11 +1,18 @@
-"""The results under a folder in one form: a CPU's from pytest-benchmark's JSON, a GPU's from bench.gpu's."""
+"""The results under a folder in one form: a CPU's from pytest-benchmark's JSON, a GPU's from bench.gpu's.
+
+`python -m bench.runs FILE` puts pytest-benchmark's in its place, bench/results/<machine>-<date>/ops.json.
+"""
 
 import json
+import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from bench.shapes import WITHOUT_BUDGET, Shape
+
+RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
@@ -117,3 +124,18 @@ def read(results: Path) -> list[Run]:
         else:
             raise ValueError(f"{path}: neither pytest-benchmark's JSON nor bench.gpu's")
     return [run for run in runs if run.rows]
+
+
+def place(found: dict) -> Path:
+    """Where pytest-benchmark's JSON belongs: "Intel(R) Xeon(R) Processor" with two cores is Xeon-2-cores."""
+    cpu = found["machine_info"]["cpu"]
+    brand = re.sub(r"\((R|TM)\)|Intel|AMD|CPU|Processor|\d+-Core|@.*", " ", cpu["brand_raw"] or "unknown")
+    return RESULTS / "-".join([*brand.split(), f"{cpu['count']}-cores", found["datetime"][:10]]) / "ops.json"
+
+
+if __name__ == "__main__":
+    result = json.loads(Path(sys.argv[1]).read_text())
+    target = place(result)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"{target.relative_to(Path.cwd())} written; `make report` adds it to the page")

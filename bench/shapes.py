@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+import lvtp
+
 
 class Shape(NamedTuple):
     """B images of N visual tokens with D features, of which the usual budget keeps k."""
@@ -49,6 +51,37 @@ SHAPES = (
     Shape("video", 32, 196, 3584, 16),
 )
 
+# Beside the registered ones, what the plots' axes go along.
+SWEEPS = (
+    *(Shape("by N", 1, tokens, 1024, 64) for tokens in (1152, 2304, 4608, 9216)),
+    *(Shape("by k", 1, 576, 1024, keep) for keep in (32, 128, 288)),
+    *(Shape("by batch", images, 576, 1024, 64) for images in (2, 16, 32)),
+)
+
+
+def fp32_only(name: str) -> bool:
+    """Whether `name` takes a similarity matrix, which has one dtype."""
+    return name in ("greedy_suppression", "cluster_nms")
+
+
+def work(name: str, shape: Shape, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes and FLOPs of the rule: inputs read once (of a similarity matrix, the rows or entries that decide), the
+    result written, and the products. Those are half of a Gram matrix where that is the result; k of its rows for
+    id_selection, of which a lazy implementation skips some; one product with each component's vector for the groups.
+    """
+    b, n, d, k = shape[1:]
+    features, groups = b * n * d * dtype.itemsize, max(1, k // 4)
+    return {
+        "cosine_similarity": (features + b * n * n * 4, b * n * (n + 1) * d),
+        "mean_similarity": (features + b * 4, 4 * b * n * d),
+        "dynamic_budget": (features + b * 8, 4 * b * n * d),
+        "greedy_suppression": (b * (n * 4 + k * n * 4 + k * 8), 4 * b * k * n),
+        "cluster_nms": (b * n * (4 + 8 + 4 + 1), b * n),
+        "id_selection": (features + b * (n * 4 + k * 8), 2 * b * k * n * d),
+        "psca": (features + b * n * 12, 2 * b * n * d * groups),
+        "prune_sid": (features + b * (n * 4 + k * 8), 2 * b * n * d * groups),
+    }[name]
+
 
 def inputs(shape: Shape, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Tensor, Tensor]:
     """Features [B, N, D] in 40 clusters, the noise in each half as strong as the distance between them, and uniform
@@ -65,8 +98,15 @@ def inputs(shape: Shape, dtype: torch.dtype = torch.float32, device: str = "cpu"
 def arguments(name: str, shape: Shape, dtype: torch.dtype, device: str) -> tuple:
     """Those of operator `name`."""
     features, importance = inputs(shape, dtype, device)
+    groups = max(1, shape.keep // 4)
+    if name == "greedy_suppression":
+        return importance, lvtp.cosine_similarity(features), shape.keep
+    if name == "cluster_nms":
+        labels = torch.arange(shape.tokens, device=device).expand(shape.images, -1) % groups
+        return importance, labels, lvtp.cosine_similarity(features), 0.5
     return {
         "id_selection": (features, importance, shape.keep),
-        "psca": (features, max(1, shape.keep // 4)),
+        "psca": (features, groups),
         "prune_sid": (features, importance, shape.keep),
+        "dynamic_budget": (features, shape.images * shape.keep),
     }.get(name, (features,))

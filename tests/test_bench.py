@@ -14,7 +14,7 @@ import lvtp
 sys.path.append(str(Path(__file__).parents[1]))  # bench/ is not installed
 
 from bench import baselines, soak
-from bench.shapes import SHAPES, Shape, arguments
+from bench.shapes import SHAPES, WITHOUT_BUDGET, Shape, arguments, work
 
 SHAPE = Shape("small", 2, 200, 64, 32)
 
@@ -263,7 +263,41 @@ def test_the_report_says_what_was_not_measured(tmp_path, report):
 
 
 def test_the_committed_report_is_of_the_committed_results(report):
-    results = report.RESULTS
+    results = report.runs.RESULTS
     assert (results / "README.md").read_text() == report.page(results)
     for link in re.findall(r"\]\((.*?)\)", report.page(results)):
         assert (results / link).exists(), link
+
+
+@pytest.mark.parametrize(
+    ("brand", "folder"),
+    [("Intel(R) Xeon(R) CPU", "Xeon"), ("AMD EPYC 7B12 64-Core Processor", "EPYC-7B12"), ("Apple M2", "Apple-M2")],
+)
+def test_a_result_has_a_folder_by_machine_and_date(report, brand, folder):
+    place = report.runs.place(cpu_result(brand, 1e-3))
+    assert place == report.runs.RESULTS / f"{folder}-2-cores-2026-01-02" / "ops.json"
+
+
+def test_the_suite_times_every_operator_and_dtype_at_every_registered_shape():
+    """But for what it says it leaves out."""
+    bench_ops = pytest.importorskip("bench.bench_ops", exc_type=ImportError)
+    rows = bench_ops.rows(SHAPES, bench_ops.OPERATORS, bench_ops.DTYPES)
+
+    def key(name, shape, dtype):
+        return name, shape[1:4], shape.keep * (name not in WITHOUT_BUDGET), dtype
+
+    timed = {key(*row.values) for row in rows}
+    assert len(timed) == len(rows)
+    for name in lvtp.reference.__all__:
+        for shape in SHAPES:
+            for dtype in (torch.float32, torch.float16, torch.bfloat16):
+                takes = dtype == torch.float32 or name not in ("greedy_suppression", "cluster_nms")
+                large = shape.tokens == 16384 and name not in ("id_selection", "mean_similarity", "dynamic_budget")
+                assert (key(name, shape, dtype) in timed) == (takes and not large), (name, shape, dtype)
+
+
+@pytest.mark.parametrize("name", lvtp.reference.__all__)
+def test_every_operator_has_arguments_and_work(name):
+    getattr(lvtp, name)(*arguments(name, SHAPE, torch.float32, "cpu"))
+    assert min(work(name, SHAPE, torch.float32)) > 0
+    assert work(name, SHAPE, torch.bfloat16)[0] <= work(name, SHAPE, torch.float32)[0]
