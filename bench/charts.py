@@ -30,7 +30,8 @@ def sweep(run: Run, name: str, field: str) -> list[Row]:
     for row in run.rows:
         if row.name == name and not row.input and not (field == "keep" and name in WITHOUT_BUDGET):
             same = row.shape._replace(model="", **{field: 0})
-            series.setdefault((row.dtype, same), {}).setdefault(getattr(row.shape, field), row)
+            # A GPU's compiled variants come in a second row, which has the first one's variants, too.
+            series.setdefault((row.dtype, same), {})[getattr(row.shape, field)] = row
     longest = max(series.values(), key=len, default={})
     return [longest[value] for value in sorted(longest)] if len(longest) >= FEWEST else []
 
@@ -55,7 +56,7 @@ def legend(figure: Figure) -> None:
     for axis in figure.axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
-    figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=5, fontsize=8)
+    figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=6, fontsize=8, handlelength=3)
 
 
 def latency(run: Run, name: str) -> Figure:
@@ -137,4 +138,5 @@ def files(run: Run) -> dict[str, str]:
 def draw(run: Run) -> None:
     for name in files(run):
         figure = speedups(run) if name == "speedup.png" else latency(run, name[len("latency-") : -len(".png")])
-        plots.save(figure, run.folder / name, run.caption)
+        how = "; a CUDA graph's replay, or, where it says so, a call" if run.device == "GPU" else ""
+        plots.save(figure, run.folder / name, run.caption + how)

@@ -94,6 +94,20 @@ def times(run: Run, rows: list[Row]) -> str:
     return table(head, [[*label(r), *(cell(r, v, scale) for v in shown), roofline(r, scale)] for r in rows])
 
 
+def headline(run: Run) -> str:
+    """The selectors at the registered shapes, in the run's first dtype."""
+    unit, scale = UNITS[run.device]
+    found = {}
+    for row in run.rows:
+        if row.name in SELECTORS and row.dtype == run.rows[0].dtype and row.shape in SHAPES and not row.input:
+            found[row.name, row.shape] = row
+    rows = sorted(found.values(), key=lambda row: SELECTORS.index(row.name))
+    shown = [variant for variant in variants(rows) if variant != "one thread"]
+    head = [run.rows[0].dtype, "model", "B x N x D", f"lvtp, {unit}", *shown[1:], "at least"]
+    lines = [[f"`{r.name}`", r.model, r.size, *(cell(r, v, scale) for v in shown), roofline(r, scale)] for r in rows]
+    return table(head, lines) if rows else ""
+
+
 def costs(rows: list[Row]) -> str:
     """Memory and first calls, where a run has them."""
     rows = [row for row in rows if row.memory or row.first]
@@ -149,14 +163,11 @@ def missing(run: Run) -> str:
 
 def section(run: Run) -> str:
     names = [name for name in OPERATORS if any(row.name == name for row in run.rows)]
-    first = run.rows[0].dtype
-    headline = [r for r in run.rows if r.name in SELECTORS and r.dtype == first and r.shape in SHAPES and not r.input]
     parts = [f"### {run.machine}, {run.date}", f"Commit {run.commit}, {run.software}."]
+    if run.device == "GPU":
+        parts.append("A time is of one replay of a CUDA graph or, where it says so, of one call, with a cold L2.")
     parts += [f"![{title}]({run.folder.name}/{name})" for name, title in charts.files(run).items()]
-    for name in SELECTORS:
-        if rows := [row for row in headline if row.name == name]:
-            parts += [f"`{name}`, {first}:", times(run, rows)]
-    parts.append("Every operator, shape and dtype that was timed:")
+    parts += [headline(run), "Every operator, shape and dtype that was timed:"]
     for name in names:
         rows = [row for row in run.rows if row.name == name]
         parts.append(folded(f"<code>{name}</code>, {len(rows)} rows", times(run, rows) + costs(rows) + failures(rows)))
