@@ -3,7 +3,7 @@
 `id_selection`, `psca` and the similarities are the careful versions: batched, nothing read back from the device.
 `published_id_selection` and `published_prune_sid` are the loops as the papers state them, with what such code does in
 practice: full matrices, one image and one cluster at a time, `.item()`, a randomised SVD. All are correct for ordinary
-input (`tests/test_bench.py`); `bench/bench_ops.py` times them beside the operators, `bench/gpu.py` the careful ones.
+input (`tests/test_bench.py`); `bench/bench_ops.py` and `bench/gpu.py` time them beside the operators.
 """
 
 from collections.abc import Callable

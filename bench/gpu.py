@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 import lvtp
 from bench import baselines
-from bench.shapes import SHAPES, Shape, arguments, work
+from bench.shapes import SELECTORS, SHAPES, SWEEPS, Shape, arguments, work
 
 BATCH = Shape("LLaVA-1.5, batch", 64, 576, 1024, 64)
 ONE, KEEP_192 = SHAPES[1], SHAPES[2]
@@ -39,6 +39,8 @@ ROWS = (
     *(("id_selection", shape) for shape in SHAPES if shape not in (ONE, LARGE)),
     *(("prune_sid", shape) for shape in SHAPES if shape not in (ONE, KEEP_192, LARGE)),
 )
+BY_TOKENS = [("id_selection", shape) for shape in SWEEPS if shape.tokens != ONE.tokens]
+BY_TOKENS += [("prune_sid", shape) for _, shape in BY_TOKENS if shape.tokens <= 2304]  # its work grows with N^3
 COMPILED = ("id_selection", "cosine_similarity", "mean_similarity")
 PEAKS = {"H200": (4.3e12, 790e12)}  # bytes/s of a copy and bf16 FLOP/s of a large product, as measured on one
 ROUNDS, FEWEST = 50, 5
@@ -99,6 +101,8 @@ def variants(name: str, shape: Shape, args: tuple, compiles: bool) -> dict[str, 
     matrices = shape.images * shape.tokens**2 * 4 * 4  # the baselines hold several at a time
     if matrices > torch.cuda.mem_get_info()[0] or shape.tokens > 4096:
         return found
+    if name in SELECTORS:  # one image, one pick or token at a time, each waited for
+        found["published, call"] = lambda: lambda: getattr(baselines, f"published_{name}")(*args)
     if name == "prune_sid":
         gram = baselines.cosine_similarity(args[0])
         return found | {"one fp32 eigh, call": lambda: lambda: torch.linalg.eigh(gram)}
@@ -217,7 +221,8 @@ def main() -> None:
     ]  # fmt: skip
     # Compiling unrolls the loop over the picks, which may take long: last.
     compiled = [(*each, torch.bfloat16, True) for each in ROWS if each[1] in (ONE, BATCH) and each[0] in COMPILED]
-    plain = [(*each, dtype, False) for dtype in (torch.bfloat16, torch.float32) for each in ROWS]
+    plain = [(*each, torch.bfloat16, False) for each in (*ROWS, *BY_TOKENS)]
+    plain += [(*each, torch.float32, False) for each in ROWS]
     for name, shape, dtype, compiles in (*plain, *compiled):
         rows.append(row(name, shape, dtype, flush, compiles))
         lines.append(text(rows[-1]))
