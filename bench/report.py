@@ -6,11 +6,12 @@ bench.shapes and not in a run is named. The page holds nothing but what the file
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from bench import charts, runs
 from bench.runs import Row, Run
-from bench.shapes import OPERATORS, SELECTORS, SHAPES
+from bench.shapes import DTYPES, OPERATORS, SELECTORS, SHAPES, fp32_only
 
 UNITS = {"CPU": ("ms", 1e3), "GPU": ("us", 1e6)}
 
@@ -87,25 +88,28 @@ def roofline(row: Row, scale: float) -> str:
     return digits(row.least * scale) + share
 
 
-def times(run: Run, rows: list[Row]) -> str:
+def grid(rows: list[Row], run: Run, about: list[str], names: Callable[[Row], list[str]], shown: list[str]) -> str:
+    """Latencies: for each row its names, under `about`, then the variants shown and the roofline, where it is known."""
     unit, scale = UNITS[run.device]
-    shown = variants(rows)
-    head = ["model", "B x N x D", "dtype", f"lvtp, {unit}", *shown[1:], "at least"]
-    return table(head, [[*label(r), *(cell(r, v, scale) for v in shown), roofline(r, scale)] for r in rows])
+    known = any(row.least is not None for row in rows)
+    head = [*about, f"lvtp, {unit}", *shown[1:], *["at least"] * known]
+    return table(head, [[*names(r), *(cell(r, v, scale) for v in shown), *[roofline(r, scale)] * known] for r in rows])
+
+
+def times(run: Run, rows: list[Row]) -> str:
+    return grid(rows, run, ["model", "B x N x D", "dtype"], label, variants(rows))
 
 
 def headline(run: Run) -> str:
     """The selectors at the registered shapes, in the run's first dtype."""
-    unit, scale = UNITS[run.device]
     found = {}
     for row in run.rows:
         if row.name in SELECTORS and row.dtype == run.rows[0].dtype and row.shape in SHAPES and not row.input:
             found[row.name, row.shape] = row
     rows = sorted(found.values(), key=lambda row: SELECTORS.index(row.name))
     shown = [variant for variant in variants(rows) if variant != "one thread"]
-    head = [run.rows[0].dtype, "model", "B x N x D", f"lvtp, {unit}", *shown[1:], "at least"]
-    lines = [[f"`{r.name}`", r.model, r.size, *(cell(r, v, scale) for v in shown), roofline(r, scale)] for r in rows]
-    return table(head, lines) if rows else ""
+    about = [run.rows[0].dtype, "model", "B x N x D"]
+    return grid(rows, run, about, lambda r: [f"`{r.name}`", r.model, r.size], shown) if rows else ""
 
 
 def costs(rows: list[Row]) -> str:
@@ -137,24 +141,18 @@ def failures(rows: list[Row]) -> str:
 
 def missing(run: Run) -> str:
     """What bench.shapes registers and this run does not have, by operator."""
-    dtypes = list(dict.fromkeys(row.dtype for row in run.rows))
+    found = {row.dtype for row in run.rows}
+    lines = [f"- {dtype}: any operator" for dtype in DTYPES if dtype not in found]
     timed = {(row.name, row.dtype, row.size) for row in run.rows if row.ours is not None}
-    lines = []
     for name in OPERATORS:
-        rows = [Row(name, shape, dtype, "", {}) for shape in SHAPES for dtype in dtypes]
-        # A similarity matrix is always fp32, and so are the operators that take one.
-        left = [r for r in rows if (name, r.dtype, r.size) not in timed]
-        if name in ("greedy_suppression", "cluster_nms"):
-            left = [r for r in left if r.dtype == "float32"]
-        by_size = {}
-        for row in left:
-            by_size.setdefault(row.size, []).append(row.dtype)
-        if len(left) == len(rows):
+        dtypes = [dtype for dtype in DTYPES if dtype in found and (dtype == "float32" or not fp32_only(name))]
+        sizes = dict.fromkeys(Row(name, shape, "", "", {}).size for shape in SHAPES)
+        left = {size: [d for d in dtypes if (name, d, size) not in timed] for size in sizes}
+        some = [size + (f" in {' and '.join(d)}" if len(d) < len(dtypes) else "") for size, d in left.items() if d]
+        if all(len(d) == len(dtypes) for d in left.values()):
             lines.append(f"- `{name}`: any shape")
-        elif left:
-            partly = {s: sorted(set(d)) for s, d in by_size.items() if set(d) != set(dtypes)}
-            shapes = [s + (f" in {' and '.join(partly[s])}" if s in partly else "") for s in by_size]
-            lines.append(f"- `{name}`: {'; '.join(shapes)}")
+        elif some:
+            lines.append(f"- `{name}`: {'; '.join(some)}")
     about = "Registered, and not timed in this run"
     if run.device == "CPU":
         about += " (`make bench` leaves out what takes minutes or a matrix of 1 GiB; Triton runs on GPUs alone)"

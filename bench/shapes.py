@@ -34,6 +34,7 @@ OPERATORS = (
     "cosine_similarity", "mean_similarity", "greedy_suppression", "cluster_nms", "psca", "id_selection", "prune_sid",
     "dynamic_budget",
 )  # fmt: skip
+DTYPES = ("float32", "float16", "bfloat16")
 SELECTORS = ("id_selection", "prune_sid")
 WITHOUT_BUDGET = ("cosine_similarity", "mean_similarity", "dynamic_budget")  # k changes nothing
 SHAPES = (
