@@ -45,7 +45,7 @@ COMPILED = ("id_selection", "cosine_similarity", "mean_similarity")
 PEAKS = {"H200": (4.3e12, 790e12)}  # bytes/s of a copy and bf16 FLOP/s of a large product, as measured on one
 ROUNDS, FEWEST = 50, 5
 SUBMITTING = 1_000_000  # cycles, half a millisecond, in which the host queues what is timed
-SECONDS = 1.5  # for a row's rounds
+SECONDS = 1.0  # for a row's rounds
 
 
 def least_seconds(name: str, shape: Shape, dtype: torch.dtype) -> float | None:

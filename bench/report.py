@@ -180,7 +180,8 @@ def models(results: Path) -> list[str]:
         head = list(dict.fromkeys(field for row in result["rows"] for field in row))
         values = [[row.get(field, "-") for field in head] for row in result["rows"]]
         lines = [[digits(v) if isinstance(v, float) else str(v) for v in each] for each in values]
-        about = f"Commit {result['commit'][:12]}, torch {result['torch']}."
+        rest = {field: v for field, v in result.items() if field not in ("machine", "date", "commit", "rows")}
+        about = ", ".join([f"Commit {result['commit'][:12]}", *(f"{field} {v}" for field, v in rest.items())]) + "."
         found.append(f"### {result['machine']}, {result['date']}\n\n{about}\n\n{table(head, lines)}")
     return found
 
