@@ -63,6 +63,7 @@ $(VENV)/bin/python:
 $(VENV)/built: $(VENV)/bin/python pyproject.toml setup.py CMakeLists.txt $(CPP)
 	$(BIN)/pip install --quiet "$(TORCH)" "setuptools>=77" wheel "cmake>=3.25" ninja jaxlib
 	$(BIN)/pip install --quiet --no-build-isolation -e ".[test]"
+	$(BIN)/pip install --quiet --group lmms-eval && $(BIN)/pip install --quiet --no-deps lmms-eval==0.7.3
 	touch $@
 
 $(VENV)/linters: $(VENV)/bin/python pyproject.toml
