@@ -1,6 +1,8 @@
 """Pruned models for lmms-eval, which finds them as `--model lvtp` once both packages are installed.
 
-lmms-eval --model lvtp --model_args pretrained=llava-hf/llava-1.5-7b-hf,keep=64 --tasks pope,gqa --batch_size 16
+    lmms-eval --model lvtp --model_args pretrained=llava-hf/llava-1.5-7b-hf,keep=64 --tasks pope,gqa --batch_size 16
+
+One batch is one call of `generate`.
 """
 
 from accelerate import Accelerator

@@ -1,5 +1,6 @@
 """The families that are served. A new one is a file beside `llava.py` and an entry here."""
 
+from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from lvtp.hf.family import Family
@@ -28,6 +29,11 @@ _FAMILIES: tuple[Family, ...] = (
 def supported() -> tuple[str, ...]:
     """The transformers model classes that `prune`, `patch` and `prepare` take."""
     return tuple(family.model_class for family in _FAMILIES)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside a `PeftModel`; any other as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def family_of(model: PreTrainedModel, options: Options) -> Family:

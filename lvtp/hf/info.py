@@ -10,7 +10,7 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from lvtp.budget import Budget
-from lvtp.hf.families import family_of
+from lvtp.hf.families import family_of, unwrapped
 from lvtp.hf.family import Family
 from lvtp.hf.layout import check_room
 from lvtp.hf.options import Keep, Method, Options, Score
@@ -88,6 +88,7 @@ def info(
         TypeError, ValueError: see `prune`.
     """
     options = Options(method, keep, score, positions, scope, newline)
+    model = unwrapped(model)
     family, call = family_of(model, options), dict(inputs)
     check_call(call)
     real = real_tokens(call)  # [B, S]

@@ -12,10 +12,11 @@ from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
+from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from lvtp.hf import generation
-from lvtp.hf.families import family_of
+from lvtp.hf.families import family_of, unwrapped
 from lvtp.hf.options import Keep, Method, Options, Score
 from lvtp.hf.rewrite import Pruned, has_pixels, rewrite
 
@@ -31,11 +32,21 @@ class Pruning:
     def __init__(self, model: PreTrainedModel, options: Options):
         self.options = options
         self.last: Pruned | None = None
-        self._family = family_of(model, options)
-        self._model = ref(model)
+        base = unwrapped(model)
+        self._family = family_of(base, options)
+        self._model = ref(base)
+        self._tuner_hook = None
+        if base is not model and model.base_model is not base:
+            # What a PeftModel has around the model; before PEFT 0.21 that calls `forward`, past the model's hooks.
+            self._tuner_hook = model.base_model.register_forward_pre_hook(_before_tuner, with_kwargs=True)
+        if base not in _INSTALLED:
+            _INSTALLED[base] = _Installed(base)
+        _INSTALLED[base].prunings.append(self)
 
     def remove(self) -> None:
         """Ends it; a second call does nothing. Several on one model may end in any order."""
+        if self._tuner_hook is not None:
+            self._tuner_hook.remove()
         model = self._model()
         installed = _INSTALLED.get(model) if model is not None else None
         if installed is not None and self in installed.prunings:
@@ -98,11 +109,7 @@ def patch(
     Args:
         model, method, keep, score, positions, scope, newline, restore_prompt: see `prune`.
     """
-    pruning = Pruning(model, Options(method, keep, score, positions, scope, newline, restore_prompt))
-    if model not in _INSTALLED:
-        _INSTALLED[model] = _Installed(model)
-    _INSTALLED[model].prunings.append(pruning)
-    return pruning
+    return Pruning(model, Options(method, keep, score, positions, scope, newline, restore_prompt))
 
 
 @contextmanager
@@ -124,7 +131,7 @@ def prune(
     what the unpruned model gives, bit for bit.
 
     Args:
-        model: one of `lvtp.hf.supported()`.
+        model: one of `lvtp.hf.supported()`, or a `PeftModel` around one.
         method: "id_selection", "prune_sid", or a selector of your own, called with features [n, N, D], importance
             fp32 [n, N] and k < N, which returns the indices of k different tokens of each, an integer tensor [n, k] in
             any order. It chooses; it cannot merge: one that returns features raises TypeError.
@@ -207,6 +214,10 @@ def _before_forward(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any])
     if installed is None:
         return None
     return (), installed.prunings[-1]._forward(model, _named(type(model).forward, model, args, kwargs))
+
+
+def _before_tuner(tuner: nn.Module, args: tuple, kwargs: dict[str, Any]):
+    return _before_forward(tuner.model, args, kwargs)
 
 
 def _generate_of(model_class: type[PreTrainedModel], own: Callable | None) -> Callable:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
-from lvtp.hf.families import family_of
+from lvtp.hf.families import family_of, unwrapped
 from lvtp.hf.family import Encoded, Family
 from lvtp.hf.options import Keep, Method, Options, Score
 from lvtp.hf.prompt import attention_of_the_last_token
@@ -62,8 +62,8 @@ def prepare(
         TypeError, ValueError: see `prune`.
     """
     options = Options(method, keep, score, positions, scope, newline)
-    family = family_of(model, options)
-    call = dict(inputs)
+    model = unwrapped(model)
+    family, call = family_of(model, options), dict(inputs)
     return rewrite(model, family, call, options)[0] if has_pixels(family, call) else call
 
 

@@ -1,0 +1,122 @@
+"""Models that another library has wrapped or hooked: PEFT, accelerate, torch.compile."""
+
+import copy
+
+import pytest
+import torch
+
+import lvtp.hf
+
+from . import tiny_llava, tiny_qwen
+from .oracle import relative_error
+from .tiny import footprint
+
+KEEP = 4
+FAMILIES = ("llava", "qwen2_5")
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return request.param
+
+
+def build(family):
+    return tiny_llava.build() if family == "llava" else tiny_qwen.build(family)
+
+
+def batch(model):
+    tiny = tiny_llava if model.config.model_type == "llava" else tiny_qwen
+    inputs = tiny.batch(model, *tiny.BATCHES["two_and_one"])
+    return {**inputs, "pixel_values": inputs["pixel_values"].to(model.dtype)}
+
+
+def generate(model, inputs, keep=KEEP, **options):
+    with lvtp.hf.prune(model, keep=keep):
+        return model.generate(**inputs, max_new_tokens=5, **options)
+
+
+# ------------------------------------------------------------------------------------------------------------- PEFT
+
+
+def with_lora(family, task_type=None):
+    """Adapters that change every output, in the tower and in the language model; in double, in which W + B A is exact
+    enough."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        r=2, target_modules=["q_proj", "v_proj", "qkv"], init_lora_weights=False, task_type=task_type
+    )
+    torch.manual_seed(1)
+    return peft.get_peft_model(build(family).double(), config)
+
+
+@pytest.fixture(params=[None, "CAUSAL_LM", "past the hooks"])
+def lora(request, family, monkeypatch):
+    if request.param == "past the hooks":  # as PEFT was before 0.21
+        tuner = pytest.importorskip("peft.tuners.tuners_utils").BaseTuner
+        monkeypatch.setattr(tuner, "forward", lambda self, *args, **kwargs: self.model.forward(*args, **kwargs))
+        return with_lora(family, "CAUSAL_LM")
+    return with_lora(family, request.param)
+
+
+def test_a_peft_model_gives_what_the_merged_model_gives(lora):
+    merged = copy.deepcopy(lora).merge_and_unload()
+    inputs = batch(merged)
+    lora.generate(**inputs, max_new_tokens=1)  # leaves things of its own, as transformers does
+    before = footprint(lora)
+    with lvtp.hf.prune(merged, keep=KEEP), torch.no_grad():
+        wanted = merged(**inputs).logits
+    with lvtp.hf.prune(lora, keep=KEEP) as pruning, torch.no_grad():
+        got = lora(**inputs).logits
+        assert pruning.last.counts == (KEEP,) * 3
+        with lora.disable_adapter():
+            assert relative_error(lora(**inputs).logits, wanted) > 0.01
+    assert relative_error(got, wanted) <= 1e-5
+    for options in ({}, {"num_beams": 2}):
+        assert torch.equal(generate(lora, inputs, **options), generate(merged, inputs, **options))
+    assert not torch.equal(generate(lora, inputs), generate(lora, inputs, keep=1.0))
+    assert footprint(lora) == before
+
+
+def test_gradients_reach_the_adapters(lora):
+    """That of W + B A, of the merged model, gives those of B and of A."""
+    merged = copy.deepcopy(lora).merge_and_unload().requires_grad_()
+    inputs = batch(merged)
+    inputs["labels"] = inputs["input_ids"].masked_fill(inputs["input_ids"] >= 120, -100)
+    for model in (merged, lora):
+        with lvtp.hf.prune(model, keep=KEEP):
+            model(**inputs).loss.backward()
+    weights = dict(merged.named_parameters())
+    trained = {name: module for name, module in lora.get_base_model().named_modules() if hasattr(module, "lora_A")}
+    assert {"language_model" in name for name in trained} == {True, False}
+    scale = max(weight.grad.abs().max() for weight in weights.values() if weight.grad is not None).item()
+    for name, module in trained.items():
+        gradient, factor = weights[f"{name}.weight"].grad, module.scaling["default"]
+        a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+        if gradient is None:  # LLaVA does not run the last layer of its tower
+            assert a.grad is None
+            continue
+        torch.testing.assert_close(a.grad, factor * b.T @ gradient, rtol=1e-3, atol=1e-5 * scale)
+        torch.testing.assert_close(b.grad, factor * gradient @ a.T, rtol=1e-3, atol=1e-5 * scale)
+    assert all("lora" in name for name, weight in lora.named_parameters() if weight.grad is not None)
+
+
+def test_prepare_and_info_take_a_peft_model(family):
+    lora = with_lora(family)
+    inputs = batch(lora)
+    wanted = generate(lora, inputs)
+    assert lvtp.hf.info(lora, inputs, keep=KEEP).images == lvtp.hf.info(lora.get_base_model(), inputs, keep=KEEP).images
+    prepared = lvtp.hf.prepare(lora, inputs, keep=KEEP)
+    new = lora.generate(**prepared, max_new_tokens=5)[:, prepared["input_ids"].shape[1] :]
+    assert torch.equal(new, wanted[:, inputs["input_ids"].shape[1] :])
+
+
+def test_what_peft_wraps_is_checked_by_name():
+    peft = pytest.importorskip("peft")
+    inside = peft.get_peft_model(build("llava").model, peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(TypeError, match="got LlavaModel"):
+        lvtp.hf.patch(inside)
+    tokens = {"num_virtual_tokens": 2, "task_type": "CAUSAL_LM", "num_layers": 2, "token_dim": 32}
+    config = peft.PromptTuningConfig(**tokens, num_attention_heads=4, num_transformer_submodules=1)
+    prompted = peft.get_peft_model(build("llava"), config)
+    with lvtp.hf.prune(prompted, keep=KEEP), pytest.raises(ValueError, match="inputs_embeds cannot be pruned"):
+        prompted(**batch(prompted))
