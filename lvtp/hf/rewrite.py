@@ -71,6 +71,7 @@ def has_pixels(family: Family, call: Mapping[str, Any]) -> bool:
     return any(call.get(pixels) is not None for pixels in family.modalities.values())
 
 
+@torch.compiler.disable  # its shapes depend on the images
 def rewrite(
     model: PreTrainedModel, family: Family, call: dict[str, Any], options: Options, side: str | None = None
 ) -> tuple[dict[str, Any], Pruned]:

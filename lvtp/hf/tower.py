@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import PreTrainedModel
@@ -75,6 +76,9 @@ def encode_with_tower(
     core = model.base_model
     strategy = _strategy(model, arguments)
     with ExitStack() as stack:
+        # Code that was compiled before a hook came does not call it.
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(_loaded(core))
         projector = stack.enter_context(_recorded(core.multi_modal_projector))
         if not callable(score):
             layer = arguments.get("vision_feature_layer")
@@ -138,6 +142,20 @@ def called(score: Callable[[Tensor], Tensor], features: Tensor) -> Tensor:
             f"score must map features {list(features.shape)} to a tensor of shape {list(features.shape[:2])}, got {got}"
         )
     return importance.detach().float()
+
+
+@contextmanager
+def _loaded(module: nn.Module):
+    """With the parameters of `module` itself (`image_newline`) in place, which accelerate may have offloaded: it loads
+    them for `forward` alone."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is not None:
+        hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        if hook is not None:
+            hook.post_forward(module, None)
 
 
 @contextmanager

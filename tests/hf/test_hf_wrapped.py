@@ -7,7 +7,7 @@ import torch
 
 import lvtp.hf
 
-from . import tiny_llava, tiny_qwen
+from . import tiny_anyres, tiny_llava, tiny_qwen
 from .oracle import relative_error
 from .tiny import footprint
 
@@ -21,12 +21,17 @@ def family(request):
 
 
 def build(family):
+    if family == "llava_next":
+        return tiny_anyres.build_next()
     return tiny_llava.build() if family == "llava" else tiny_qwen.build(family)
 
 
 def batch(model):
-    tiny = tiny_llava if model.config.model_type == "llava" else tiny_qwen
-    inputs = tiny.batch(model, *tiny.BATCHES["two_and_one"])
+    if model.config.model_type == "llava_next":
+        inputs = tiny_anyres.batch(model, *tiny_anyres.BATCHES_NEXT["two_and_one"])
+    else:
+        tiny = tiny_llava if model.config.model_type == "llava" else tiny_qwen
+        inputs = tiny.batch(model, *tiny.BATCHES["two_and_one"])
     return {**inputs, "pixel_values": inputs["pixel_values"].to(model.dtype)}
 
 
@@ -120,3 +125,59 @@ def test_what_peft_wraps_is_checked_by_name():
     prompted = peft.get_peft_model(build("llava"), config)
     with lvtp.hf.prune(prompted, keep=KEEP), pytest.raises(ValueError, match="inputs_embeds cannot be pruned"):
         prompted(**batch(prompted))
+
+
+# ------------------------------------------------------------------------------------------------------- accelerate
+
+
+def outputs(model, inputs, **options):
+    """Logits and greedy tokens under pruning."""
+    with lvtp.hf.prune(model, keep=KEEP, **options), torch.no_grad():
+        return model(**inputs).logits, model.generate(**inputs, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("score", ["auto", "prompt"])
+@pytest.mark.parametrize("family", [*FAMILIES, "llava_next"])  # the last has a parameter outside of all layers
+def test_offloaded_models_give_the_same(family, score):
+    accelerate = pytest.importorskip("accelerate")
+    inputs = batch(build(family))
+    wanted = outputs(build(family), inputs, score=score)
+    model = accelerate.cpu_offload(build(family), execution_device=torch.device("cpu"))
+    assert model.lm_head.weight.is_meta
+    assert all(map(torch.equal, outputs(model, inputs, score=score), wanted))
+
+
+def test_models_dispatched_to_disk_give_the_same(family, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    inputs = batch(build(family))
+    wanted = outputs(build(family), inputs)
+    model = build(family)
+    places = {f"model.{name}": "disk" for name, _ in model.model.named_children()} | {"lm_head": "cpu"}
+    with lvtp.hf.prune(model, keep=KEEP), torch.no_grad():  # before the hooks are there
+        accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=str(tmp_path))
+        assert torch.equal(model(**inputs).logits, wanted[0])
+    assert all(map(torch.equal, outputs(model, inputs), wanted))
+
+
+# ---------------------------------------------------------------------------------------------------- torch.compile
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("what", ["decoder", "tower", "everything"])
+def test_compiled_models_give_the_same(what):
+    """Hooks that come after the first run of a compiled model are not called by what was compiled."""
+    model = tiny_llava.build()
+    inputs = batch(model)
+    with lvtp.hf.prune(model, keep=KEEP), torch.no_grad():
+        wanted = model(**inputs).logits
+    parts = {"decoder": model.model.language_model, "tower": model.model.vision_tower, "everything": model}
+    parts[what].compile(backend="eager")
+    with torch.no_grad():
+        model(**inputs)
+        with lvtp.hf.prune(model, keep=KEEP):
+            assert torch.equal(model(**inputs).logits, wanted)
