@@ -14,7 +14,7 @@ from lvtp.hf.families import family_of, unwrapped
 from lvtp.hf.family import Family
 from lvtp.hf.layout import check_room
 from lvtp.hf.options import Keep, Method, Options, Score
-from lvtp.hf.rewrite import check_call, check_count, encoder_arguments, has_pixels, placeholder_id
+from lvtp.hf.rewrite import check_call, check_count, encoder_arguments, has_pixels, placeholder_id, with_ids
 from lvtp.hf.selection import count
 from lvtp.hf.sequence import real_tokens
 
@@ -89,7 +89,8 @@ def info(
     """
     options = Options(method, keep, score, positions, scope, newline)
     model = unwrapped(model)
-    family, call = family_of(model, options), dict(inputs)
+    family = family_of(model, options)
+    call = with_ids(model, family, dict(inputs))
     check_call(call)
     real = real_tokens(call)  # [B, S]
     before = real.sum(dim=1).tolist()

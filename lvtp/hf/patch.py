@@ -75,20 +75,23 @@ class Pruning:
             generation.check_continued_prompt(call)
             return original(**self._continued(call))
         generation.check_chunks(model, call)
-        prompt = call.get("input_ids")
+        given = "inputs_embeds" if call.get("input_ids") is None else "input_ids"
+        prompt = call.get(given)
         call, self.last = rewrite(model, self._family, call, self.options, side="left")
-        if call["input_ids"] is prompt:  # everything was kept
+        if call[given] is prompt:  # everything was kept
             return original(**call)
 
-        pruned_length = call["input_ids"].shape[1]
+        pruned_length = call[given].shape[1]
         if self.options.restore_prompt:
             call = generation.lower_limits(model, call, by=prompt.shape[1] - pruned_length)
         with ExitStack() as stack:
             if positions == "original" and generation.setting(model, call, "use_cache") is False:
                 stack.enter_context(generation.always_masked(model))
             outputs = original(**call)
-        generation.remember_cache(call, outputs, self.last, self.options.restore_prompt)
-        if self.options.restore_prompt:
+        # The output of a prompt of embeddings holds the new tokens alone.
+        restored = self.options.restore_prompt and given == "input_ids"
+        generation.remember_cache(call, outputs, self.last, restored)
+        if restored:
             outputs = generation.restore_prompt(outputs, prompt, pruned_length)
         return outputs
 

@@ -71,7 +71,8 @@ def attention_of_the_last_token(
 
     layer: nn.Module = model.get_decoder().layers[LAYER - 1].self_attn
     read = {name: call[name] for name in _READ if call.get(name) is not None}
-    read |= {"input_ids": call["input_ids"], "attention_mask": real.long(), "mm_encoder_outputs": encoder_outputs}
+    prompt = "input_ids" if call.get("inputs_embeds") is None else "inputs_embeds"
+    read |= {prompt: call[prompt], "attention_mask": real.long(), "mm_encoder_outputs": encoder_outputs}
     with torch.no_grad(), watched(layer, look), suppress(_SeenEnough):
         model.base_model(**read, use_cache=False)
     return rows[0]

@@ -51,7 +51,8 @@ def prepare(
     that).
 
     Args:
-        inputs: keyword arguments of a call with images: `input_ids` [B, S], `pixel_values`, `attention_mask` [B, S]
+        inputs: keyword arguments of a call with images: `input_ids` [B, S] (or `inputs_embeds` [B, S, D], in which
+            placeholders are embedded tokens still), `pixel_values`, `attention_mask` [B, S]
             (required for B > 1), `labels` [B, S] and whatever else the call takes. Without images: returned as is.
         model, method, keep, score, positions, scope, newline: see `prune`.
 
@@ -76,6 +77,8 @@ def rewrite(
     model: PreTrainedModel, family: Family, call: dict[str, Any], options: Options, side: str | None = None
 ) -> tuple[dict[str, Any], Pruned]:
     """Encodes the call's images, selects, shortens. `side`: where to pad; None follows the input."""
+    embedded = call.get("input_ids") is None
+    call = with_ids(model, family, call)
     check_call(call)
     real = real_tokens(call)  # [B, S]
     positions = family.positions(options)
@@ -109,19 +112,40 @@ def rewrite(
         shortened = family.place(model, shortened, next_position)
         shortened = {name: value for name, value in shortened.items() if name not in arguments}
     shortened["mm_encoder_outputs"] = encoder_outputs
+    if embedded:
+        del shortened["input_ids"]
     counts = tuple(len(index) for index in indices)
     return shortened, Pruned(kept, tuple(indices), counts, next_position, options.scope, positions)
+
+
+def with_ids(model: PreTrainedModel, family: Family, call: dict[str, Any]) -> dict[str, Any]:
+    """The call with `input_ids`, where it has only `inputs_embeds`: placeholders are known by their embeddings, as the
+    models know them; the others are padding, which nothing reads."""
+    embeds = call.get("inputs_embeds")
+    if call.get("input_ids") is not None or embeds is None:
+        return call
+    if embeds.dim() != 3:
+        raise ValueError(f"inputs_embeds must be a [B, S, D] tensor, got shape {list(embeds.shape)}")
+    ids = torch.full(embeds.shape[:2], _pad_token_id(model, family), device=embeds.device)
+    for modality in family.modalities:
+        token = torch.tensor(placeholder_id(model, modality), device=embeds.device)
+        ids[(embeds == model.get_input_embeddings()(token)).all(dim=-1)] = token
+    return {**call, "input_ids": ids}
 
 
 def check_call(call: dict[str, Any]) -> None:
     """Raises for arguments that a call with pixels cannot be pruned with."""
     if call.get("input_ids") is None:
-        raise ValueError("input_ids must be given beside the pixels, got none (inputs_embeds cannot be pruned)")
+        raise ValueError("input_ids or inputs_embeds must be given beside the pixels, got neither")
     if call["input_ids"].dim() != 2:
         raise ValueError(f"input_ids must be a [B, S] tensor, got shape {list(call['input_ids'].shape)}")
-    for name in ("inputs_embeds", "mm_encoder_outputs"):
-        if call.get(name) is not None:
-            raise ValueError(f"{name} must be left out when pixels are given: pruning encodes them itself")
+    if call.get("inputs_embeds") is not None and call["inputs_embeds"].shape[:2] != call["input_ids"].shape:
+        raise ValueError(
+            f"inputs_embeds must have the rows and columns of input_ids {list(call['input_ids'].shape)}, "
+            f"got shape {list(call['inputs_embeds'].shape)}"
+        )
+    if call.get("mm_encoder_outputs") is not None:
+        raise ValueError("mm_encoder_outputs must be left out when pixels are given: pruning encodes them itself")
     if isinstance(call.get("logits_to_keep"), Tensor):
         raise ValueError(
             "logits_to_keep must be an int when pruning, got a tensor (its indices are of the unpruned prompt)"
@@ -149,6 +173,9 @@ def _scored_by_prompt(
     real: Tensor,
 ) -> dict[str, Encoded]:
     """The images with importance from the language model instead of the tower."""
+    if call.get("inputs_embeds") is not None and call.get("position_ids") is None and family.continues_by_itself:
+        # The model alone would number embeddings along one axis.
+        call = {**call, "position_ids": family.original_positions(model, call, real)}
     outputs = {modality: family.container(modality, images, images.projected) for modality, images in encoded.items()}
     attention = attention_of_the_last_token(model, call, outputs, real)  # [B, S]
     scored = {}

@@ -51,6 +51,9 @@ def shorten(call: dict[str, Any], kept: Tensor, side: str, pad_token_id: int) ->
             new = value.new_full((*value.shape[:-2], *filled.shape), fills[name])
             new[..., filled.to(value.device)] = value[..., kept.to(value.device)]
             shortened[name] = new
+        elif name == "inputs_embeds":  # [B, S, D]
+            shortened[name] = value.new_zeros(*filled.shape, value.shape[-1])
+            shortened[name][filled.to(value.device)] = value[kept.to(value.device)]
         elif ids.shape[1] in value.shape[:2]:
             raise ValueError(
                 f"{name} of shape {list(value.shape)} runs along the prompt, and pruning cannot shorten it; "

@@ -87,13 +87,13 @@ def test_restore_prompt_is_a_bool(model):
     [
         ({"attention_mask": None}, "attention_mask must be given for a batch of 3"),
         ({"attention_mask": torch.ones(3, 3)}, "attention_mask must have the shape of input_ids"),
-        ({"input_ids": None}, "input_ids must be given beside the pixels"),
+        ({"input_ids": None}, "input_ids or inputs_embeds must be given beside the pixels"),
         ({"input_ids": torch.ones(3)}, r"input_ids must be a \[B, S\] tensor, got shape \[3\]"),
         (
             {"input_ids": torch.ones(3, 200), "attention_mask": torch.ones(3, 200)},
             "one placeholder for each of the .* got 0",
         ),
-        ({"inputs_embeds": torch.ones(3, 3, 32)}, "inputs_embeds must be left out"),
+        ({"inputs_embeds": torch.ones(3, 3, 32)}, "inputs_embeds must have the rows and columns of input_ids"),
         ({"mm_encoder_outputs": {}}, "mm_encoder_outputs must be left out"),
         ({"logits_to_keep": torch.tensor([3])}, "logits_to_keep must be an int"),
     ],

@@ -114,7 +114,7 @@ def test_calls_are_checked_by_name(member):
         lvtp.hf.info(member.model, {name: value for name, value in inputs.items() if name != "attention_mask"})
     with pytest.raises(ValueError, match="input_ids must hold one placeholder for each"):
         lvtp.hf.info(member.model, {**inputs, "input_ids": inputs["input_ids"].clamp(max=119)})
-    with pytest.raises(ValueError, match="input_ids must be given"):
+    with pytest.raises(ValueError, match="input_ids or inputs_embeds must be given"):
         lvtp.hf.info(member.model, {**inputs, "input_ids": None})
     with pytest.raises(ValueError, match="keep must be"):
         lvtp.hf.info(member.model, inputs, keep=0)

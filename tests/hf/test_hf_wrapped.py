@@ -115,16 +115,27 @@ def test_prepare_and_info_take_a_peft_model(family):
     assert torch.equal(new, wanted[:, inputs["input_ids"].shape[1] :])
 
 
+def test_learned_prompts_stay():
+    peft = pytest.importorskip("peft")
+    model = build("llava")
+    inputs = batch(model)
+    sizes = {"num_layers": 2, "token_dim": 32, "num_attention_heads": 4, "num_transformer_submodules": 1}
+    prompted = peft.get_peft_model(model, peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM", **sizes))
+    with lvtp.hf.prune(prompted, keep=KEEP) as pruning, torch.no_grad():
+        got = prompted(**inputs).logits
+        assert pruning.last.kept[:, :2].all()
+        assert pruning.last.counts == (KEEP,) * 3
+        embeds = torch.cat([prompted.get_prompt(2), model.get_input_embeddings()(inputs["input_ids"])], dim=1)
+        mask = torch.cat([torch.ones(2, 2), inputs["attention_mask"]], dim=1)
+        wanted = model(inputs_embeds=embeds, attention_mask=mask, pixel_values=inputs["pixel_values"]).logits
+    assert torch.equal(got, wanted)
+
+
 def test_what_peft_wraps_is_checked_by_name():
     peft = pytest.importorskip("peft")
     inside = peft.get_peft_model(build("llava").model, peft.LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(TypeError, match="got LlavaModel"):
         lvtp.hf.patch(inside)
-    tokens = {"num_virtual_tokens": 2, "task_type": "CAUSAL_LM", "num_layers": 2, "token_dim": 32}
-    config = peft.PromptTuningConfig(**tokens, num_attention_heads=4, num_transformer_submodules=1)
-    prompted = peft.get_peft_model(build("llava"), config)
-    with lvtp.hf.prune(prompted, keep=KEEP), pytest.raises(ValueError, match="inputs_embeds cannot be pruned"):
-        prompted(**batch(prompted))
 
 
 # ------------------------------------------------------------------------------------------------------- accelerate

@@ -1,0 +1,74 @@
+"""Prompts that come as embeddings, placeholders among them: what input_ids give, token for token."""
+
+import pytest
+import torch
+
+import lvtp.hf
+
+from . import tiny_qwen
+from .members import MEMBERS
+
+KEEP = 3
+LLAVAS = [member.name for member in MEMBERS if member.name not in tiny_qwen.BUILDERS]
+
+
+@pytest.fixture(params=[*LLAVAS, *tiny_qwen.BUILDERS])
+def call(request):
+    """A model, a call of it with input_ids, and the same with embeddings."""
+    if request.param in tiny_qwen.BUILDERS:
+        model = tiny_qwen.shared(request.param)
+        inputs = tiny_qwen.batch(model, *tiny_qwen.BATCHES["mixed"])
+    else:
+        (member,) = (member for member in MEMBERS if member.name == request.param)
+        model, inputs = member.model, member.batch("ragged")
+    embedded = {name: value for name, value in inputs.items() if name != "input_ids"}
+    embedded["inputs_embeds"] = model.get_input_embeddings()(inputs["input_ids"]).detach()
+    return model, inputs, embedded
+
+
+@pytest.mark.parametrize("options", [{}, {"score": "prompt"}, {"positions": "original"}], ids=str)
+def test_logits(call, options):
+    model, inputs, embedded = call
+    with lvtp.hf.prune(model, keep=KEEP, **options) as pruning, torch.no_grad():
+        wanted, kept = model(**inputs).logits, pruning.last.kept
+        assert torch.equal(model(**embedded).logits, wanted)
+        assert torch.equal(pruning.last.kept, kept)
+
+
+def test_keeping_everything_is_the_unpruned_model(call):
+    """Which may number embeddings otherwise than ids."""
+    model, _, embedded = call
+    with torch.no_grad():
+        wanted = model(**embedded).logits
+        with lvtp.hf.prune(model, keep=1.0):
+            assert torch.equal(model(**embedded).logits, wanted)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"max_length": 80}], ids=str)
+def test_generated_tokens(call, options):
+    model, inputs, embedded = call
+    width = inputs["input_ids"].shape[1]
+    options = {"max_new_tokens": 5} | options
+    if "max_length" in options:
+        options = {"max_length": width + 3}
+    with lvtp.hf.prune(model, keep=KEEP):
+        assert torch.equal(model.generate(**embedded, **options), model.generate(**inputs, **options)[:, width:])
+
+
+def test_gradients_reach_the_embeddings(call):
+    model, inputs, embedded = call
+    embeds = embedded["inputs_embeds"].requires_grad_()
+    placeholders = (inputs["input_ids"] == 120) | (inputs["input_ids"] == 121)
+    labels = inputs["input_ids"].masked_fill(placeholders | (inputs["attention_mask"] == 0), -100)
+    with lvtp.hf.prune(model, keep=KEEP) as pruning:
+        (gradient,) = torch.autograd.grad(model(**embedded, labels=labels).loss, embeds)
+    text = pruning.last.kept & ~placeholders
+    assert (gradient[text].abs().amax(dim=-1) > 0).float().mean() > 0.9  # the last tokens of rows predict nothing
+    assert not gradient[~text].any()
+
+
+def test_info_and_wrong_shapes(call):
+    model, inputs, embedded = call
+    assert lvtp.hf.info(model, embedded, keep=KEEP) == lvtp.hf.info(model, inputs, keep=KEEP)
+    with pytest.raises(ValueError, match=r"inputs_embeds must be a \[B, S, D\] tensor"):
+        lvtp.hf.prepare(model, {**embedded, "inputs_embeds": torch.ones(2, 3)}, keep=KEEP)
