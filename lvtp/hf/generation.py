@@ -141,13 +141,14 @@ def continue_positions(call: dict[str, Any], must_be_known: bool, from_latest: b
         )
     if known is None or not (from_latest or bool(known.skipped.any())):
         return call
-    ids, mask = call["input_ids"], call.get("attention_mask")
-    if ids.shape[0] != known.skipped.shape[0]:
+    prompt, mask = call.get("input_ids"), call.get("attention_mask")
+    prompt = call["inputs_embeds"][..., 0] if prompt is None else prompt  # [B, new]
+    if prompt.shape[0] != known.skipped.shape[0]:
         raise ValueError(
-            f"input_ids must hold the {known.skipped.shape[0]} rows of past_key_values, got {ids.shape[0]}"
+            f"input_ids must hold the {known.skipped.shape[0]} rows of past_key_values, got {prompt.shape[0]}"
         )
     if mask is None:
-        mask = torch.ones_like(ids)
+        mask = torch.ones_like(prompt)
     ahead = known.skipped.to(mask.device)[:, None]
     position_ids = (mask.long().cumsum(dim=1) - 1).clamp(min=0) + ahead  # [B, cached + new]
-    return {**call, "position_ids": position_ids[:, -ids.shape[1] :]}
+    return {**call, "position_ids": position_ids[:, -prompt.shape[1] :]}

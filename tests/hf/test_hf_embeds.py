@@ -55,6 +55,20 @@ def test_generated_tokens(call, options):
         assert torch.equal(model.generate(**embedded, **options), model.generate(**inputs, **options)[:, width:])
 
 
+def test_second_turn_from_the_cache(call):
+    model, inputs, embedded = call
+    text = torch.randint(2, 100, (len(inputs["input_ids"]), 4), generator=torch.Generator().manual_seed(0))
+    second = ({"input_ids": text}, {"inputs_embeds": model.get_input_embeddings()(text).detach()})
+    logits = []
+    for first, then in zip((inputs, embedded), second, strict=True):
+        with lvtp.hf.prune(model, keep=KEEP, positions="original", restore_prompt=False), torch.no_grad():
+            one = model.generate(**first, max_new_tokens=1, return_dict_in_generate=True)
+            mask = lvtp.hf.prepare(model, inputs, keep=KEEP)["attention_mask"]
+            mask = torch.cat([mask, torch.ones_like(text)], dim=1)
+            logits.append(model(**then, attention_mask=mask, past_key_values=one.past_key_values).logits)
+    assert torch.equal(*logits)
+
+
 def test_gradients_reach_the_embeddings(call):
     model, inputs, embedded = call
     embeds = embedded["inputs_embeds"].requires_grad_()
