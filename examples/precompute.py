@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import json
 import os
+import secrets
 import sys
 from pathlib import Path
 
@@ -60,8 +61,9 @@ def keep_tokens(tower, pixels, args) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def write(file: Path, content: bytes) -> None:
-    """Under another name first, always the same one: a file of the right name is complete, and nothing is left over."""
-    temporary = file.with_name(file.name + ".tmp")
+    """Under a name of its own first: a file of the right name is complete, even where ranks whose torchrun was killed
+    still write beside those of a new one."""
+    temporary = file.with_name(f"{file.name}.{secrets.token_hex(4)}.tmp")
     temporary.write_bytes(content)
     temporary.replace(file)
 
@@ -90,7 +92,11 @@ def run(args, rank: int, ranks: int) -> None:
         for start in range(0, len(names), args.shard)
     }
     args.out.mkdir(parents=True, exist_ok=True)
-    todo = [missing(shards) if rank == 0 else None]  # one rank looks, before any writes
+    todo = [None]
+    if rank == 0:  # one rank looks, before any writes
+        for left_over in args.out.glob("*.tmp"):
+            left_over.unlink(missing_ok=True)
+        todo = [missing(shards)]
     if ranks > 1:
         dist.broadcast_object_list(todo, src=0)
     mine = todo[0][rank::ranks]

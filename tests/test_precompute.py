@@ -1,4 +1,4 @@
-"""examples/precompute.py: killed ten times, resumed on two ranks, and the output is that of an undisturbed run."""
+"""examples/precompute.py: killed ten times, alone and under torchrun, and the output is that of an undisturbed run."""
 
 import json
 import os
@@ -10,39 +10,62 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("transformers")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds a process's children in /proc")
 EXAMPLE = Path(__file__).parents[1] / "examples" / "precompute.py"
 IMAGES, KILLS, KEEP = 200, 10, 4
 
-# Forked from a process that has imported everything, a run starts at once. Each is killed after a random number of new
-# files and a random moment more; one that gets through before that loses a shard and does not count.
+# Forked from a process that has imported everything, a run starts at once: half of them alone, half as two ranks under
+# the agent that torchrun is, and the last is torchrun itself. Each is killed, and whoever it started, after a random
+# number of new files and a random moment more; one that gets through before that loses a shard and does not count.
 KILLER = """
-import os, random, runpy, signal, sys, time
+import os, random, runpy, signal, subprocess, sys, time
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
 main = runpy.run_path(sys.argv[1])["main"]
 whole, killed, arguments = sys.argv[2], sys.argv[3], sys.argv[4:]
 os.mkdir(killed)
+AGENT = dict(rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="killed", start_method="fork", max_restarts=0)
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", sys.argv[1]]
 
-def fork(out):
+def start(way, out):
+    if way == "torchrun":
+        return subprocess.Popen([*TORCHRUN, *arguments, out], stderr=subprocess.DEVNULL).pid
     pid = os.fork()
     if pid == 0:
-        main([*arguments, out])
+        if way == "agent":
+            elastic_launch(LaunchConfig(1, 1, 2, **AGENT), main)([*arguments, out])
+        else:
+            main([*arguments, out])
         os._exit(0)
     return pid
 
-assert os.waitpid(fork(whole), 0)[1] == 0
+def family(pid):
+    children = open(f"/proc/{pid}/task/{pid}/children").read().split()
+    return [pid, *(one for child in children for one in family(int(child)))]
+
+assert os.waitpid(start("alone", whole), 0)[1] == 0
 random.seed(0)
-kills = 0
-while kills < int(os.environ["KILLS"]):
-    pid, files = fork(killed), len(os.listdir(killed)) + random.randrange(4)
-    while not (ended := os.waitpid(pid, os.WNOHANG)[0]) and len(os.listdir(killed)) < files:
+kills, ways = 0, ["alone", "agent"] * (int(os.environ["KILLS"]) // 2)
+ways[-1] = "torchrun"
+while kills < len(ways):
+    new = random.randrange(4) if ways[kills] != "torchrun" else random.randrange(1, 4)  # its imports alone take seconds
+    pid, files = start(ways[kills], killed), len(os.listdir(killed)) + new
+    ended, status = 0, 0
+    while not ended and len(os.listdir(killed)) < files:
         time.sleep(0.001)
+        ended, status = os.waitpid(pid, os.WNOHANG)
     time.sleep(random.uniform(0, 0.02))
     if not ended:
-        os.kill(pid, signal.SIGKILL)
-        ended = not os.WIFSIGNALED(os.waitpid(pid, 0)[1])
-    if ended:
+        os.kill(pid, signal.SIGSTOP)  # it starts no more
+        for one in reversed(family(pid)):
+            os.kill(one, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+    if os.WIFSIGNALED(status):
+        kills += 1
+    else:
+        assert status == 0, (ways[kills], status)
         os.remove(os.path.join(killed, "shard-00000.safetensors"))
-    kills += not ended
-print(sum(name.endswith("safetensors") for name in os.listdir(killed)))
+print(kills)
 """
 
 
@@ -78,7 +101,8 @@ def test_killed_ten_times_and_resumed_on_two_ranks_the_output_is_that_of_one_run
     from safetensors.torch import load_file
 
     killer = [sys.executable, "-c", KILLER, EXAMPLE, tmp_path / "whole", tmp_path / "killed", *arguments]
-    subprocess.run(killer, check=True, env={**os.environ, "KILLS": str(KILLS)})
+    environment = {**os.environ, "KILLS": str(KILLS), "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    subprocess.run(killer, check=True, env=environment)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run([*torchrun, EXAMPLE, *arguments, tmp_path / "killed"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
