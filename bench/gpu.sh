@@ -68,6 +68,7 @@ for tool in memcheck racecheck synccheck; do
   on_gpu "$tool" 35 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 \
     "${tested[@]}" "${files[@]}" -k 'native and (33 or mask or tie or finite or any_length or (psca and 577))'
 done
+on_gpu jax 30 env XLA_PYTHON_CLIENT_PREALLOCATE=false "${tested[@]}" tests/test_jax.py # skipped without JAX's CUDA
 on_gpu triton 60 "${tested[@]}" tests/test_gpu.py "${files[@]}" -k triton
 printf '\n%s\n' "$results/summary.txt" && cat "$results/summary.txt"
 exit "$failed"

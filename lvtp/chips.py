@@ -43,3 +43,9 @@ def runs_on(architectures: list[str], chip: tuple[int, int]) -> bool:
         if built == chip or (parts[3] != "a" and (same_major or (newer and parts[3] == ""))):
             return True
     return False
+
+
+def served_by(architectures: list[str]) -> bool:
+    """Whether a library of these architectures runs on one of the GPUs that are here, or none is to be seen."""
+    found = capabilities()
+    return not found or any(runs_on(architectures, chip) for chip in found)

@@ -1,8 +1,8 @@
 """The selectors on `jax.Array`s: as `lvtp.id_selection` and `lvtp.prune_sid`, but the answer is int32.
 
 Outside `jit` the arrays are passed to torch by DLPack, without a copy. Inside `jit` and `vmap` a call is one of XLA's
-custom calls on the CPU; where its library was not built (`calls()` says so), and on other devices, a callback to the
-host. Arguments are checked when they are traced.
+custom calls on the platforms that `calls()` names, the CPU and CUDA devices; where their library was not built, and on
+other devices, a callback to the host. Arguments are checked when they are traced.
 """
 
 import ctypes
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from lvtp import ops
+from lvtp import chips, ops
 
 
 def id_selection(features, importance, k: int, gamma: float = 20.0, mask=None) -> jax.Array:
@@ -40,15 +40,18 @@ def prune_sid(
 
 
 @functools.cache
-def calls() -> str:
-    """ "xla" where the custom calls were built and registered, else "callback"."""
-    library = ops._LIBRARIES / f"liblvtp_jax{ops._SUFFIX}"
-    if not library.exists():
-        return "callback"
-    loaded = ctypes.CDLL(str(library))
-    for name in ("lvtp_id_selection", "lvtp_prune_sid"):
-        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(loaded, name)), platform="cpu")
-    return "xla"
+def calls() -> tuple[str, ...]:
+    """The platforms, of "cpu" and "cuda", whose custom calls were built for this machine and are registered."""
+    loaded = []
+    for platform, suffix, registered in (("cpu", "", "cpu"), ("cuda", "_cuda", "CUDA")):
+        library = ops._LIBRARIES / f"liblvtp_jax{suffix}{ops._SUFFIX}"
+        if not library.exists() or (suffix and not chips.served_by(ops._built()["cuda_architectures"])):
+            continue
+        functions = ctypes.CDLL(str(library))
+        for name in (f"lvtp_id_selection{suffix}", f"lvtp_prune_sid{suffix}"):
+            jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(functions, name)), platform=registered)
+        loaded.append(platform)
+    return tuple(loaded)
 
 
 def _select(name: str, arguments, arrays: tuple, attributes: dict) -> jax.Array:
@@ -61,13 +64,39 @@ def _select(name: str, arguments, arrays: tuple, attributes: dict) -> jax.Array:
         return jnp.from_dlpack(on(map(torch.from_dlpack, present)).int())
 
     shape = tuple(on(map(_meta, present)).shape)  # by the operator's fake kernel, which checks the arguments
+    ways = {
+        "cpu": functools.partial(_on_cpu, name, shape, attributes),
+        "cuda": functools.partial(_on_cuda, name, shape, attributes),
+    }
+    return jax.lax.platform_dependent(
+        *map(jax.lax.stop_gradient, present),
+        default=lambda *a: jax.pure_callback(
+            lambda *a: on(map(torch.from_dlpack, a)).int().numpy(force=True),
+            jax.ShapeDtypeStruct(shape, jnp.int32), *a, vmap_method="sequential",
+        ),
+        **{platform: ways[platform] for platform in calls()},
+    )  # fmt: skip
+
+
+def _on_cpu(name: str, shape: tuple, attributes: dict, *arrays) -> jax.Array:
     result = jax.ShapeDtypeStruct(shape, jnp.int32)
-    present = [jax.lax.stop_gradient(a) for a in present]
-    if calls() == "xla" and jax.default_backend() == "cpu":
-        return jax.ffi.ffi_call(f"lvtp_{name}", result, vmap_method="broadcast_all")(*present, **attributes)
-    return jax.pure_callback(
-        lambda *a: on(map(torch.from_dlpack, a)).int().numpy(force=True), result, *present, vmap_method="sequential"
-    )
+    return jax.ffi.ffi_call(f"lvtp_{name}", result, vmap_method="broadcast_all")(*arrays, **attributes)
+
+
+def _on_cuda(name: str, shape: tuple, attributes: dict, features, *others) -> jax.Array:
+    """The kernels read importance in fp32, and labels and picks are int64: two int32s each, the low one first."""
+
+    def as_read(array):
+        if jnp.issubdtype(array.dtype, jnp.floating):
+            return array.astype(jnp.float32)
+        if array.dtype == jnp.bool_:
+            return array
+        low = array.astype(jnp.int32)
+        return jnp.stack((low, low >> 31), -1)
+
+    result = jax.ShapeDtypeStruct((*shape, 2), jnp.int32)
+    call = jax.ffi.ffi_call(f"lvtp_{name}_cuda", result, vmap_method="broadcast_all")
+    return call(features, *map(as_read, others), **attributes)[..., 0]
 
 
 def _meta(array) -> torch.Tensor:

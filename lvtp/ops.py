@@ -59,8 +59,8 @@ def _load_cuda_library(library: Path) -> None:
         _missing["native_cuda"] = "built without nvcc: liblvtp_cuda was not compiled"
     elif torch.version.cuda is None:
         _missing["native_cuda"] = f"torch {torch.__version__} is built without CUDA"
-    elif (found := chips.capabilities()) and not any(chips.runs_on(_built()["cuda_architectures"], c) for c in found):
-        here = ", ".join(f"sm_{major}{minor}" for major, minor in found)
+    elif not chips.served_by(_built()["cuda_architectures"]):
+        here = ", ".join(f"sm_{major}{minor}" for major, minor in chips.capabilities())
         built = ", ".join(_built()["cuda_architectures"])
         _missing["native_cuda"] = f"liblvtp_cuda was built for {built}, this machine has {here}"
     else:

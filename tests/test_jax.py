@@ -1,5 +1,6 @@
 """lvtp.jax: outside jit by DLPack, inside jit and vmap by XLA's custom calls or by a callback."""
 
+import re
 import subprocess
 import sys
 
@@ -15,15 +16,16 @@ from test_torch import DTYPES, example  # noqa: E402
 import lvtp  # noqa: E402
 import lvtp.jax  # noqa: E402
 
+BUILT_CUDA = (lvtp.ops._LIBRARIES / f"liblvtp_jax_cuda{lvtp.ops._SUFFIX}").exists()
 BUILT = (lvtp.ops._LIBRARIES / f"liblvtp_jax{lvtp.ops._SUFFIX}").exists()
 
 
 @pytest.fixture(params=["callback", pytest.param("xla", marks=pytest.mark.skipif(not BUILT, reason="not built"))])
 def calls(request, monkeypatch):
     if request.param == "xla":
-        assert lvtp.jax.calls() == "xla"
+        assert "cpu" in lvtp.jax.calls()
     else:
-        monkeypatch.setattr(lvtp.jax, "calls", lambda: "callback")
+        monkeypatch.setattr(lvtp.jax, "calls", lambda: ())
 
 
 def to_jax(value):
@@ -117,6 +119,43 @@ def test_a_label_out_of_range_fails_the_custom_call():
         jax.block_until_ready(
             jax.jit(lambda f, s, x: lvtp.jax.prune_sid(f, s, 12, labels=x))(features, importance, labels)
         )
+
+
+@pytest.mark.skipif(not BUILT_CUDA, reason="liblvtp_jax_cuda was not built")
+@pytest.mark.parametrize(("platform", "suffix"), [("cpu", ""), ("cuda", "_cuda")])
+def test_what_is_lowered_for_a_platform_calls_its_handler(platform, suffix):
+    for name, args in cases():
+        function, arrays = jitted(name, args)
+        text = function.trace(*arrays).lower(lowering_platforms=(platform,)).as_text()
+        assert set(re.findall(r"custom_call @(\w+)", text)) == {f"lvtp_{name}{suffix}"}
+
+
+def gpus():
+    try:
+        return jax.devices("cuda")
+    except RuntimeError:
+        return []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", ["outside jit", "jit", "vmap of jit"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_on_cuda_devices(dtype, way):
+    if not gpus():
+        pytest.skip("JAX has no CUDA device")
+    assert "cuda" in lvtp.jax.calls()
+    for name, args in cases(dtype, b=6):
+        function, arrays = jitted(name, args)
+        arrays = [jax.device_put(a, gpus()[0]) for a in arrays]
+        if way == "vmap of jit":
+            got = jax.vmap(function)(*(a.reshape(2, 3, *a.shape[1:]) for a in arrays)).reshape(6, -1)
+        elif way == "jit":
+            got = function(*arrays)
+        else:
+            given = iter(arrays)
+            got = getattr(lvtp.jax, name)(*(next(given) if isinstance(a, torch.Tensor) else a for a in args))
+        assert got.devices() == {gpus()[0]}
+        assert np.array_equal(got, want(name, args)), (name, args)
 
 
 def test_importing_lvtp_does_not_import_jax():

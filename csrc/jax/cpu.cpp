@@ -1,25 +1,21 @@
-// The selectors as XLA's custom calls: buffers seen as tensors, without a copy, and torch's dispatcher called on them.
-// lvtp/jax.py has checked the arguments when it traced them, and loads this library after torch and liblvtp.
+// The selectors as XLA's custom calls on the CPU: buffers seen as tensors, without a copy, and torch's dispatcher
+// called on them. lvtp/jax.py has checked the arguments when it traced them, and loads this library after torch and
+// liblvtp.
 
 #include <torch/csrc/stable/ops.h>
-#include <xla/ffi/api/ffi.h>
 
 #include <algorithm>
 #include <array>
-#include <exception>
-#include <functional>
-#include <numeric>
-#include <optional>
 #include <stdexcept>
 #include <string>
 #include <string_view>
 #include <vector>
 
 #include "../cpu/common.h"
+#include "calls.h"
 
 namespace lvtp::jax {
 
-namespace ffi = xla::ffi;
 using torch::stable::detail::from;
 
 static ScalarType dtype_of(ffi::DataType type) {
@@ -35,59 +31,36 @@ static ScalarType dtype_of(ffi::DataType type) {
   }
 }
 
-// [..., N, D] -> [B, N, D], or [..., N] -> [B, N]: what vmap put in front are more images.
+// [..., N, D] -> [B, N, D], or [..., N] -> [B, N].
 static Tensor tensor(ffi::AnyBuffer buffer, size_t rank) {
   const auto dims = buffer.dimensions();
   std::vector<int64_t> shape(dims.end() - (rank - 1), dims.end()), strides(rank, 1);
-  shape.insert(shape.begin(), std::accumulate(dims.begin(), dims.end() - (rank - 1), int64_t{1}, std::multiplies<>()));
+  shape.insert(shape.begin(), images(buffer, rank - 1));
   for (size_t i = rank - 1; i > 0; --i) strides[i - 1] = strides[i] * shape[i];
   return torch::stable::from_blob(
       buffer.untyped_data(), shape, strides, torch::stable::Device(torch::headeronly::DeviceType::CPU),
       dtype_of(buffer.element_type()));
 }
 
-// Arguments in order; `given` says which of the optional ones are there.
-class Arguments {
- public:
-  Arguments(ffi::RemainingArgs all, int64_t given) : all_(all), given_(given) {}
-  Tensor next(size_t rank) { return tensor(all_.get<ffi::AnyBuffer>(index_++).value(), rank); }
-  OptionalTensor maybe() {
-    const bool here = given_ & 1;
-    given_ >>= 1;
-    return here ? OptionalTensor(next(2)) : std::nullopt;
-  }
-
- private:
-  ffi::RemainingArgs all_;
-  int64_t given_;
-  size_t index_ = 0;
-};
+static OptionalTensor tensor(const std::optional<ffi::AnyBuffer>& buffer) {
+  return buffer ? OptionalTensor(tensor(*buffer, 2)) : std::nullopt;
+}
 
 template <class Stack>
-static ffi::Error answer(const char* op, Stack stack, ffi::AnyBuffer out) {
+static void answer(const char* op, Stack stack, ffi::AnyBuffer out) {
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
   const auto picks = ready(torch::stable::detail::to<Tensor>(stack[0]));
   const auto* from = data<int64_t>(picks);
   std::copy(from, from + picks.numel(), static_cast<int32_t*>(out.untyped_data()));
-  return ffi::Error::Success();
-}
-
-template <class F>
-static ffi::Error guarded(const F& f) {
-  try {
-    return f();
-  } catch (const std::exception& error) {
-    return ffi::Error(ffi::ErrorCode::kInvalidArgument, error.what());
-  }
 }
 
 static ffi::Error id_selection(
     ffi::RemainingArgs args, ffi::Result<ffi::AnyBuffer> out, int64_t k, double gamma, int64_t given) {
   return guarded([&] {
     Arguments in(args, given);
-    const auto features = in.next(3), importance = in.next(2);
-    std::array<StableIValue, 5> stack{from(features), from(importance), from(k), from(gamma), from(in.maybe())};
-    return answer("lvtp::id_selection", stack, *out);
+    const auto features = tensor(in.next(), 3), importance = tensor(in.next(), 2);
+    std::array<StableIValue, 5> stack{from(features), from(importance), from(k), from(gamma), from(tensor(in.maybe()))};
+    answer("lvtp::id_selection", stack, *out);
   });
 }
 
@@ -96,29 +69,23 @@ static ffi::Error prune_sid(
     int64_t given) {
   return guarded([&] {
     Arguments in(args, given);
-    const auto features = in.next(3);
-    const auto importance = in.maybe();
-    auto labels = in.maybe();
-    const auto mask = in.maybe();
+    const auto features = tensor(in.next(), 3);
+    const auto importance = tensor(in.maybe());
+    auto labels = tensor(in.maybe());
+    const auto mask = tensor(in.maybe());
     if (labels) {  // their values here, too: the words of an error do not come through the stable ABI
       labels = ready(*labels, ScalarType::Long);
       cpu::check_labels("prune_sid", *labels, mask, std::max<int64_t>(1, std::min(n / 4, features.size(1))));
     }
     std::array<StableIValue, 7> stack{
         from(features), from(importance), from(n), from(reserved), from(std::string(center)), from(labels), from(mask)};
-    return answer("lvtp::prune_sid", stack, *out);
+    answer("lvtp::prune_sid", stack, *out);
   });
 }
 
 }  // namespace lvtp::jax
 
-// Looked up by name.
-extern "C" {
-__attribute__((visibility("default"))) XLA_FFI_Error* lvtp_id_selection(XLA_FFI_CallFrame*);
-__attribute__((visibility("default"))) XLA_FFI_Error* lvtp_prune_sid(XLA_FFI_CallFrame*);
-}
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
+LVTP_CUSTOM_CALL(
     lvtp_id_selection, lvtp::jax::id_selection,
     xla::ffi::Ffi::Bind()
         .RemainingArgs()
@@ -127,7 +94,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
         .Attr<double>("gamma")
         .Attr<int64_t>("given"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
+LVTP_CUSTOM_CALL(
     lvtp_prune_sid, lvtp::jax::prune_sid,
     xla::ffi::Ffi::Bind()
         .RemainingArgs()

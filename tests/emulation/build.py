@@ -28,6 +28,12 @@ def asan_runtime() -> str:
     return " ".join(subprocess.run(c, capture_output=True, text=True).stdout.strip() for c in wanted)
 
 
+def xla_headers() -> str | None:
+    """Where jaxlib, if it is here, has the headers of XLA's custom calls."""
+    spec = importlib.util.find_spec("jaxlib")
+    return f"{spec.submodule_search_locations[0]}/include" if spec else None
+
+
 def build(asan: bool = ASAN) -> Path:
     """Two libraries: the kernels with the machine, whose thread-local variables are all __shared__, and the module."""
     import pybind11
@@ -51,6 +57,11 @@ def build(asan: bool = ASAN) -> Path:
         lines.append(f"build {path.name}.o: compile {path}\n  extra = {extra}")
     lines.append(f"build libkernels.so: link {' '.join(f'{path.name}.o' for path, _ in kernels)}\n  extra = -pthread")
     lines.append(f"build {name}.so: link bindings.cpp.o libkernels.so\n  extra = -Wl,-rpath,{folder}")
+    if xla := xla_headers():
+        calls = [ROOT / "csrc" / "jax" / "cuda.cpp", HERE / "jax_calls.cpp"]
+        lines += [f"build {path.name}.o: compile {path}\n  extra = -isystem {xla}" for path in calls]
+        inputs = " ".join(f"{path.name}.o" for path in calls)
+        lines.append(f"build jax_calls.so: link {inputs} libkernels.so\n  extra = -Wl,-rpath,{folder}")
     (folder / "build.ninja").write_text("\n".join(lines) + "\n")
     done = subprocess.run(["ninja", "-C", folder, "-j", "2"], capture_output=True, text=True)
     if done.returncode != 0:
