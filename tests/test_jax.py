@@ -70,6 +70,17 @@ def test_outside_jit(dtype):
         assert np.array_equal(got, want(name, args))
 
 
+@pytest.mark.parametrize("module", [lvtp, lvtp.jax], ids=["lvtp", "lvtp.jax"])
+def test_arrays_are_not_copied(module, monkeypatch):
+    features, importance, *_ = map(to_jax, example("id_selection"))
+    picks, seen = torch.arange(10, dtype=torch.int32).reshape(2, 5), []
+    monkeypatch.setattr(lvtp.reference, "id_selection", lambda x, s, *rest: seen.extend((x, s)) or picks)
+    with lvtp.use_backend("reference"):
+        got = module.id_selection(features, importance, 5)
+    assert [t.data_ptr() for t in seen] == [a.unsafe_buffer_pointer() for a in (features, importance)]
+    assert got.unsafe_buffer_pointer() == picks.data_ptr()
+
+
 def test_the_packages_own_functions_take_jax_arrays():
     features, importance, k, *_ = example("id_selection")
     got = lvtp.id_selection(to_jax(features), to_jax(importance), k)
