@@ -2,6 +2,8 @@
 
 import copy
 import os
+import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -174,6 +176,26 @@ def test_a_cpp_program_selects_through_the_dispatcher_without_python(cpp_example
     assert torch.equal(sid, lvtp.prune_sid(features, importance, 5))
     failed = subprocess.run([cpp_example, tmp_path / "in.pt", "out.pt", "25"], capture_output=True, text=True)
     assert "id_selection: k must be in [1, 24], got 25" in failed.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("ldd"), reason="asks ldd")
+@pytest.mark.parametrize("libraries", ["lvtp::lvtp_cuda", "lvtp::lvtp;lvtp::lvtp_cuda", "lvtp::lvtp_cuda;lvtp::lvtp"])
+def test_a_cpp_program_linked_with_the_cuda_library_registers_every_operator_once(cpp_example, tmp_path, libraries):
+    if not (lvtp.ops._LIBRARIES / "liblvtp_cuda.so").exists():
+        pytest.skip("built without nvcc")
+    # A torch without CUDA lacks functions that liblvtp_cuda calls for CUDA tensors alone.
+    lenient = "-DCMAKE_EXE_LINKER_FLAGS=-Wl,--unresolved-symbols=ignore-in-shared-libs"
+    build = cpp_example.parent / "build"
+    subprocess.run(["cmake", build, f"-DLVTP_LIBRARIES={libraries}", lenient], check=True)
+    subprocess.run(["cmake", "--build", build], check=True)
+    loaded = subprocess.check_output(["ldd", build / "select_tokens"], text=True)
+    assert sorted(re.findall(r"(liblvtp\w*)\.so =>", loaded)) == ["liblvtp", "liblvtp_cuda"]
+    features, importance = inputs(3, 24)
+    torch.save((features, importance), tmp_path / "in.pt")
+    command = [build / "select_tokens", tmp_path / "in.pt", tmp_path / "out.pt", "5"]
+    done = subprocess.run(command, check=True, env={}, capture_output=True, text=True)
+    assert done.stderr == ""  # torch warns of a kernel, and throws at a schema, that is registered a second time
+    assert torch.equal(torch.load(tmp_path / "out.pt")[0], lvtp.id_selection(features, importance, 5))
 
 
 def test_indices_carry_no_gradient_and_gathering_with_them_does():
