@@ -3,8 +3,10 @@
 import json
 import os
 import random
+import runpy
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -115,3 +117,14 @@ def test_killed_ten_times_and_resumed_on_two_ranks_the_output_is_that_of_one_run
         shard = load_file(tmp_path / "whole" / file)
         assert shard["tokens"].shape == (len(names), KEEP, 32)
         assert shard["indices"].shape == (len(names), KEEP)
+
+
+def test_ranks_left_over_from_a_killed_torchrun_may_write_the_same_shards(tmp_path):
+    write, file, content = runpy.run_path(str(EXAMPLE))["write"], tmp_path / "shard", os.urandom(1 << 20)
+    write(file, content)
+    with ThreadPoolExecutor(4) as ranks:
+        writes = [ranks.submit(write, file, content) for _ in range(100)]
+        while not all(w.done() for w in writes):
+            assert file.read_bytes() == content
+        [w.result() for w in writes]
+    assert list(tmp_path.iterdir()) == [file]
