@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) suppress_in_groups(
         return true;
       },
       [&](int m, int i) { return value(similarity[static_cast<int64_t>(mine[i]) * n + mine[m]]); },
-      [&](int64_t, int i) { kept[mine[i]] = true; });
+      [&](int64_t, int i, const State&) { kept[mine[i]] = true; });
 }
 
 }  // namespace

@@ -97,14 +97,15 @@ struct Slot {
 // registers, any others in `slots`, workspace that the threads never share.
 //   load(j, state)      the token's state; false where it takes no part
 //   similarity(j, i)    asked once for each pair whose update needs it
-//   take(step, i)       called by one thread
+//   take(step, i, state)  called by one thread; the state that i has then
+// The loop also ends where no token ranks above `beyond`.
 // kAhead: rows are read as soon as a pick is known, before it is known whether it matters; the pick's state arrives
 // meanwhile. For rules whose picks nearly all do.
 // Returns, in every thread, how many were taken: k, or fewer where the rule ends the loop or the tokens do.
 template <int kRegisters, bool kAhead, class Rule, class Team, class Load, class Similarity, class Take>
 __device__ int64_t greedy(
     const Rule& rule, Team team, int n, int64_t k, Slot<Rule>* slots, const Load& load, const Similarity& similarity,
-    const Take& take) {
+    const Take& take, Rank beyond = 0) {
   using State = typename Rule::State;
   const int in_registers = kRegisters * team.size(), first_slot = in_registers + team.thread();
   State state[kRegisters]{};
@@ -134,9 +135,9 @@ __device__ int64_t greedy(
     }
 
     const Candidate<State> pick = team.best(mine);
-    if (pick.rank == 0 || !rule.pickable(key_of(pick.rank))) return step;
+    if (pick.rank <= beyond || !rule.pickable(key_of(pick.rank))) return step;
     const int i = index_of(pick.rank);
-    if (team.thread() == 0) take(step, i);
+    if (team.thread() == 0) take(step, i, pick.state);
 
     const bool matters = rule.matters(pick.state) && step + 1 < k;
     const auto changes = [&](const State& s) { return matters && rule.touches(s, pick.state); };

@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) suppress(
         return real(j);
       },
       [&](int j, int i) { return finite_similarity(value(similarity[static_cast<int64_t>(i) * n + j])); },
-      [&](int64_t step, int i) { picks[step] = i; });
+      [&](int64_t step, int i, const State&) { picks[step] = i; });
   for (int64_t step = taken + threadIdx.x; step < k; step += blockDim.x) picks[step] = -1;
 }
 

@@ -10,7 +10,7 @@ static Tensor id_selection_op(Tensor features, Tensor importance, int64_t k, dou
   const DeviceGuard guard(features.get_device_index());
   const auto x = ready(features), s = ready(importance, ScalarType::Float);
   const auto real = ready(mask);
-  const auto scratch = workspace(x, id_selection_workspace(b, n, k));
+  const auto scratch = workspace(x, id_selection_workspace(b, n));
   STD_CUDA_CHECK(id_selection(
       x.const_data_ptr(), dtype_of(x), data<float>(s), data_or_null(real), b, n, d, k, gamma,
       scratch.mutable_data_ptr(), data_out<int64_t>(picks), current_stream(x)));

@@ -42,8 +42,13 @@ cudaError_t psca(
     bool over_features, void* workspace, int64_t* labels, float* loadings, cudaStream_t stream);
 
 // features [images, n, d], importance, mask [images, n] -> picks [images, k].
-int64_t id_selection_workspace(int64_t images, int64_t n, int64_t k);
+int64_t id_selection_workspace(int64_t images, int64_t n);
 cudaError_t id_selection(
+    const void* features, Dtype dtype, const float* importance, const bool* mask, int64_t images, int64_t n, int64_t d,
+    int64_t k, double gamma, void* workspace, int64_t* picks, cudaStream_t stream);
+// The same, for many tokens: without the similarity matrix.
+int64_t id_selection_in_rounds_workspace(int64_t images, int64_t n);
+cudaError_t id_selection_in_rounds(
     const void* features, Dtype dtype, const float* importance, const bool* mask, int64_t images, int64_t n, int64_t d,
     int64_t k, double gamma, void* workspace, int64_t* picks, cudaStream_t stream);
 

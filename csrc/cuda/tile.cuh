@@ -19,38 +19,67 @@ constexpr int kRowBytes = 128;     // of a token in one stage
 constexpr int kPiece = 16;         // bytes; pieces of a row are permuted, so that 8 rows' lie in different banks
 constexpr int kSlices = kRowBytes / (2 * kPiece);  // a fragment's depth is two pieces
 
-// How many stages are in shared memory at a time, and blocks of which size on a multiprocessor.
-template <int kTile>
+// A tile of kRows by kColumns tokens: how many stages are in shared memory at a time, rows first, and how many blocks
+// on a multiprocessor.
+template <int kRows, int kColumns>
 struct Plan {
-  static constexpr int kStages = kTile > 64 ? 3 : 4, kBlocks = 2;
-  static constexpr int kTileBytes = kTile * kRowBytes, kStageBytes = 2 * kTileBytes;
+  static constexpr int kColumnsAt = kRows * kRowBytes, kStageBytes = (kRows + kColumns) * kRowBytes;
+  static constexpr int kStages = kStageBytes > (16 << 10) ? 3 : 4, kBlocks = kStages == 3 ? 2 : 3;
   static constexpr int kShared = kStages * kStageBytes;
 };
 
 __device__ inline int place(int row, int piece) { return row * kRowBytes + (piece ^ row % 8) * kPiece; }
 
-// One stage of kTile tokens, of which `count` are there: the bytes from `at` on of each, zeros beyond its end and the
-// last token. `width`, the bytes that can be copied at once: 16, 4, or 2, for which there is no asynchronous copy.
-template <int kTile>
-__device__ void load_rows(const char* x, int count, int64_t row_bytes, int64_t at, int width, char* shared) {
-  constexpr int kPieces = kRowBytes / kPiece, kStep = kTileThreads / kPieces, kTurns = kTile / kStep;
+// The bytes of features in row-major order that can be copied at once: 16, 4, or 2, for which there is no asynchronous
+// copy.
+template <class T>
+int copy_width(const T* x, int64_t d) {
+  const uint64_t bits = reinterpret_cast<uintptr_t>(x) | static_cast<uint64_t>(d) * sizeof(T);
+  return bits % 16 == 0 ? 16 : bits % 4 == 0 ? 4 : 2;
+}
+
+// Where the tokens of a tile begin, `distance` bytes apart, or those of an index. next(at, r, steps): token r, which is
+// `steps` after the one at `at`.
+struct Strided {
+  const char* first;
+  int64_t distance;
+  __device__ const char* operator()(int r) const { return first + r * distance; }
+  __device__ const char* next(const char* before, int, int steps, int64_t) const { return before + steps * distance; }
+};
+struct Gathered {
+  const char* base;
+  int64_t distance;
+  const int* index;
+  __device__ const char* operator()(int r) const { return base + index[r] * distance; }
+  __device__ const char* next(const char*, int r, int, int64_t at) const { return (*this)(r) + at; }
+};
+
+// One stage of kTokens tokens, of which `count` are there: the bytes from `at` on of each, zeros beyond its end and the
+// last token. Those that are not there begin somewhere, too, aligned like the others.
+template <int kTokens, class Rows>
+__device__ void load_rows(const Rows& rows, int count, int64_t row_bytes, int64_t at, int width, char* shared) {
+  constexpr int kPieces = kRowBytes / kPiece, kStep = kTileThreads / kPieces, kTurns = kTokens / kStep;
+  constexpr int kAtOnce = kTurns > 6 ? 4 : kTurns;  // as registers allow
   const int piece = threadIdx.x % kPieces, own = threadIdx.x / kPieces;
   at += piece * kPiece;
-  x += own * row_bytes + at;
   shared += place(own, piece);
+  const char* x = rows(own) + at;
   if (width == kPiece) {
-#pragma unroll
+#pragma unroll kAtOnce
     for (int turn = 0; turn < kTurns; ++turn) {  // kStep is a multiple of 8: a piece keeps its place in the row
-      cp_async<16>(shared + turn * kStep * kRowBytes, x, own + turn * kStep < count && at < row_bytes);
-      x += kStep * row_bytes;
+      const int r = own + turn * kStep;
+      if (turn > 0) x = rows.next(x, r, kStep, at);
+      cp_async<16>(shared + turn * kStep * kRowBytes, x, r < count && at < row_bytes);
     }
     return;
   }
 #pragma unroll 1
   for (int turn = 0; turn < kTurns; ++turn) {
+    const int r = own + turn * kStep;
+    if (turn > 0) x = rows.next(x, r, kStep, at);
 #pragma unroll 1
     for (int b = 0; b < kPiece; b += width) {
-      const bool there = own + turn * kStep < count && at + b < row_bytes;
+      const bool there = r < count && at + b < row_bytes;
       char* const to = shared + turn * kStep * kRowBytes + b;
       if (width == 4) {
         cp_async<4>(to, x + b, there);
@@ -58,7 +87,6 @@ __device__ void load_rows(const char* x, int count, int64_t row_bytes, int64_t a
         *reinterpret_cast<uint16_t*>(to) = there ? *reinterpret_cast<const uint16_t*>(x + b) : uint16_t{0};
       }
     }
-    x += kStep * row_bytes;
   }
 }
 
@@ -112,19 +140,21 @@ __device__ void multiply(float (&sum)[4], const Factor<T>& a, const Factor<T>& b
 
 // A warp's quarter of the tile, in registers: dot products of its rows and columns, and the squares of their lengths.
 // Another warp has the same rows, and another one the same columns, so each squares but half of what it holds of them.
-template <class T, int kTile>
+template <class T, int kTileRows, int kTileColumns>
 struct Quarter {
-  static constexpr int kRows = kTile / 32, kColumns = kTile / 16;  // fragments' worth: 16 rows by 8 columns
+  static constexpr int kRows = kTileRows / 32, kColumns = kTileColumns / 16;  // fragments' worth: 16 rows by 8 columns
+  static constexpr int kSlicesAtOnce =
+      sizeof(T) == sizeof(float) && kRows * kColumns > 8 ? 1 : 2;  // as registers allow
   const int lane = threadIdx.x % 32, down = threadIdx.x / 64, right = threadIdx.x / 32 % 2;
   float dot[kRows][kColumns][4] = {};
   float row_squares[kRows][2] = {}, column_squares[kColumns] = {};
 
   __device__ void add(const char* rows, const char* columns) {
     const LanePlace row = place_in_a(lane), column = place_in_b(lane);
-    rows += down * (kTile / 2) * kRowBytes;
-    columns += right * (kTile / 2) * kRowBytes;
+    rows += down * (kTileRows / 2) * kRowBytes;
+    columns += right * (kTileColumns / 2) * kRowBytes;
     float sum[kRows][kColumns][4] = {};
-#pragma unroll 2
+#pragma unroll kSlicesAtOnce
     for (int slice = 0; slice < kSlices; ++slice) {
       // 8 rows on, a piece lies where it does here.
       const char* const row_half = rows + place(row.row, slice * 2 + row.half);
@@ -161,7 +191,7 @@ struct Quarter {
   }
 
   // What it gathered: of the tile's rows, then of its columns.
-  __device__ void enter_squares(float (&out)[2][2 * kTile]) const {
+  __device__ void enter_squares(float (&out)[2][kTileRows + kTileColumns]) const {
     const auto enter = [&](float part, int half, int at) {
       part += __shfl_xor_sync(kFullWarp, part, 1);
       part += __shfl_xor_sync(kFullWarp, part, 2);
@@ -169,27 +199,110 @@ struct Quarter {
     };
 #pragma unroll
     for (int m = 0; m < kRows; ++m) {
-      enter(row_squares[m][0], right, down * (kTile / 2) + m * 16);
-      enter(row_squares[m][1], right, down * (kTile / 2) + m * 16 + 8);
+      enter(row_squares[m][0], right, down * (kTileRows / 2) + m * 16);
+      enter(row_squares[m][1], right, down * (kTileRows / 2) + m * 16 + 8);
     }
 #pragma unroll
-    for (int q = 0; q < kColumns; ++q) enter(column_squares[q], down, kTile + right * (kTile / 2) + q * 8);
+    for (int q = 0; q < kColumns; ++q) {
+      enter(column_squares[q], down, kTileRows + right * (kTileColumns / 2) + q * 8);
+    }
   }
 
-  __device__ void enter_dots(float (*out)[kTile + 1]) const {
+  __device__ void enter_dots(float (*out)[kTileColumns + 1]) const {
 #pragma unroll
     for (int m = 0; m < kRows; ++m) {
 #pragma unroll
       for (int q = 0; q < kColumns; ++q) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const int r = down * (kTile / 2) + m * 16 + e / 2 * 8 + lane / 4;
-          out[r][right * (kTile / 2) + q * 8 + lane % 4 * 2 + e % 2] = dot[m][q][e];
+          const int r = down * (kTileRows / 2) + m * 16 + e / 2 * 8 + lane / 4;
+          out[r][right * (kTileColumns / 2) + q * 8 + lane % 4 * 2 + e % 2] = dot[m][q][e];
         }
       }
     }
   }
 };
+
+// A tile, stage by stage: load(at, to) asks for the copies of one while those before it are multiplied. `second`: where
+// in a stage the columns are.
+template <class T, int kRows, int kColumns, class Load>
+__device__ Quarter<T, kRows, kColumns> multiply_tile(int64_t row_bytes, char* shared, int second, const Load& load) {
+  using P = Plan<kRows, kColumns>;
+  const int stages = static_cast<int>((row_bytes + kRowBytes - 1) / kRowBytes);
+  const auto begin = [&](int stage) {
+    if (stage < stages) {
+      load(static_cast<int64_t>(stage) * kRowBytes, shared + stage % P::kStages * P::kStageBytes);
+    }
+    cp_async_commit();  // an empty group keeps the count
+  };
+#pragma unroll 1
+  for (int stage = 0; stage < P::kStages - 1; ++stage) begin(stage);
+  Quarter<T, kRows, kColumns> quarter;
+  for (int stage = 0; stage < stages; ++stage) {
+    cp_async_wait<P::kStages - 2>();
+    __syncthreads();  // everybody's part of this stage has arrived, and nobody reads the one before it any more
+    begin(stage + P::kStages - 1);
+    const char* const arrived = shared + stage % P::kStages * P::kStageBytes;
+    quarter.add(arrived, arrived + second);
+  }
+  return quarter;
+}
+
+// Squares of lengths between which no dot product leaves fp32's range. Others are rare, and take their time.
+constexpr float kShort = 0x1p-60f, kLong = 0x1p60f;
+
+// What a tile's dot products become cosines with. unit[r]: what token r's features are to be multiplied by, rows first,
+// then columns; 0 for one that is all zero or not finite; negative where dot products with it may have left fp32's
+// range.
+template <int kRows, int kColumns>
+struct Lengths {
+  static constexpr int kTokens = kRows + kColumns;
+  float square[2][kTokens], unit[kTokens];
+
+  // token(r): where its features are, null for one that is not there.
+  template <class T, class Token>
+  __device__ void find_units(const Token& token, int64_t d) {
+    bool unusual = false;
+    for (int r = threadIdx.x; r < kTokens; r += kTileThreads) {
+      const float sum = square[0][r] + square[1][r];
+      const bool usual = sum >= kShort && sum <= kLong;
+      unit[r] = token(r) == nullptr ? 0.0f : usual ? 1.0f / sqrtf(sum) : -1.0f;
+      unusual = unusual || unit[r] < 0.0f;
+    }
+    if (__syncthreads_or(unusual) == 0) return;
+    for (int r = threadIdx.x / 32; r < kTokens; r += kTileThreads / 32) {
+      if (unit[r] >= 0.0f) continue;
+      const float scale = unit_scale_of<T>(token(r), d, threadIdx.x % 32);  // its shuffles: every lane has looked
+      if (threadIdx.x % 32 == 0) unit[r] = -scale;
+    }
+    __syncthreads();  // all units are known
+  }
+
+  // Of row r and column c.
+  template <class Token>
+  __device__ float cosine(float dot, int r, int c, const Token& token, int64_t d) const {
+    const float row = unit[r], column = unit[kRows + c];
+    if (row == 0.0f || column == 0.0f) return 0.0f;  // a NaN times 0 would stay NaN
+    if (row > 0.0f && column > 0.0f) return dot * (row * column);
+    const auto *const x = token(r), *const y = token(kRows + c);
+    float sum = 0.0f;
+#pragma unroll 1
+    for (int64_t at = 0; at < d; ++at) sum += value(x[at]) * fabsf(row) * (value(y[at]) * fabsf(column));
+    return sum;
+  }
+};
+
+// The end of a tile: its dot products and the lengths, after which the stages are no longer there.
+template <class T, int kRows, int kColumns, class Token>
+__device__ void finish(
+    const Quarter<T, kRows, kColumns>& quarter, const Token& token, int64_t d, Lengths<kRows, kColumns>& lengths,
+    float (*dot)[kColumns + 1]) {
+  static_assert(sizeof(float[kRows][kColumns + 1]) <= Plan<kRows, kColumns>::kShared);
+  quarter.enter_squares(lengths.square);
+  __syncthreads();  // all squares are entered, and the stages are no longer read
+  quarter.enter_dots(dot);
+  lengths.template find_units<T>(token, d);
+}
 
 }  // namespace
 }  // namespace lvtp::cuda

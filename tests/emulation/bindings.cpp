@@ -47,6 +47,7 @@ PYBIND11_MODULE(MODULE_NAME, m) {
   m.def("eigen_matrix_size", &eigen_matrix_size);
   m.def("leading_eigenvectors_workspace", &leading_eigenvectors_workspace);
   m.def("id_selection_workspace", &id_selection_workspace);
+  m.def("id_selection_in_rounds_workspace", &id_selection_in_rounds_workspace);
   m.def("psca_workspace", &psca_workspace);
   m.def("prune_sid_workspace", &prune_sid_workspace);
   m.def("dynamic_budget_workspace", &dynamic_budget_workspace);
@@ -74,13 +75,18 @@ PYBIND11_MODULE(MODULE_NAME, m) {
             at<float>(scores), at<int64_t>(labels), at<void>(similarity), dtype(type), at<float>(thresholds), threshold,
             at<bool>(mask), b, n, at<void>(workspace), at<bool>(kept), nullptr));
       });
-  m.def(
-      "id_selection", [](Address x, const std::string& type, Address importance, Address mask, int64_t b, int64_t n,
-                         int64_t d, int64_t k, double gamma, Address workspace, Address picks) {
-        check(id_selection(
-            at<void>(x), dtype(type), at<float>(importance), at<bool>(mask), b, n, d, k, gamma, at<void>(workspace),
-            at<int64_t>(picks), nullptr));
-      });
+  const auto selects = [&m](const char* name, auto* select) {
+    m.def(
+        name, [select](
+                  Address x, const std::string& type, Address importance, Address mask, int64_t b, int64_t n, int64_t d,
+                  int64_t k, double gamma, Address workspace, Address picks) {
+          check(select(
+              at<void>(x), dtype(type), at<float>(importance), at<bool>(mask), b, n, d, k, gamma, at<void>(workspace),
+              at<int64_t>(picks), nullptr));
+        });
+  };
+  selects("id_selection", &id_selection);
+  selects("id_selection_in_rounds", &id_selection_in_rounds);
   m.def(
       "psca", [](Address x, const std::string& type, Address mask, int64_t b, int64_t n, int64_t d, int64_t groups,
                  bool over_features, Address workspace, Address labels, Address loadings) {

@@ -86,15 +86,20 @@ def cluster_nms(scores, labels, similarity, threshold, mask=None):
     return kept.bool()
 
 
-def id_selection(features, importance, k, gamma=20.0, mask=None):
+def id_selection(features, importance, k, gamma=20.0, mask=None, way="id_selection"):
     b, n, d = features.shape
     x, s, m = _contiguous(features), _contiguous(importance, torch.float32), _contiguous(mask)
     picks = torch.full((b, k), -7)
-    with _Workspace(module().id_selection_workspace(b, n, k)) as workspace:
-        module().id_selection(
+    with _Workspace(getattr(module(), f"{way}_workspace")(b, n)) as workspace:
+        getattr(module(), way)(
             _address(x), _type(x), _address(s), _address(m), b, n, d, k, gamma, workspace, _address(picks)
         )
     return picks
+
+
+def id_selection_in_rounds(*args, **kwargs):
+    """What `id_selection` does with many tokens, for any number."""
+    return id_selection(*args, **kwargs, way="id_selection_in_rounds")
 
 
 def psca(features, groups, center="feature", mask=None):

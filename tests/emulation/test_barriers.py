@@ -34,7 +34,7 @@ def work():
     last bit, as every sum is in a fixed order."""
     x, scores = clustered_features(1, 95, 40), random_importance(1, 95)
     sim, labels = lvtp.cosine_similarity(x), torch.arange(95)[None] % 3
-    wide, wide_scores = clustered_features(1, 4100, 5), random_importance(1, 4100)
+    wide, wide_scores = clustered_features(1, 350, 5), random_importance(1, 350)  # 5 blocks of two tiles
     many, many_scores = clustered_features(1, 1100, 4), random_importance(1, 1100)
     groups = torch.arange(1100)[None] % 24
     deep = clustered_features(1, 70, 200)  # seven stages, in four buffers
@@ -57,7 +57,7 @@ def work():
         "subspace": lambda: kernels.leading_eigenvectors(matrix, 2)[0],
         "prune_sid": lambda: kernels.prune_sid(many, many_scores, 99, labels=groups),
         "dynamic_budget": lambda: kernels.dynamic_budget(frames, 300),
-        "id_selection, by rows": lambda: kernels.id_selection(wide, wide_scores, 3),
+        "rounds": lambda: kernels.id_selection_in_rounds(wide, wide_scores, 140),
     }
 
 

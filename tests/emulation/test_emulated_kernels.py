@@ -193,33 +193,84 @@ def test_id_selection_sizes(seed, n):
     assert selection_shortfall(picks, x, importance) <= TOLERANCE
 
 
-def test_id_selection_without_a_matrix(seed):
-    n, k = 4100, 12
-    x = clustered_features(2, n, 5, dtype=DTYPES[seed % 3])
-    importance, mask = random_importance(2, n), some_mask(2, n)
-    picks = kernels.id_selection(x, importance, k, mask=mask)
-    wanted = lvtp.reference.id_selection(x, importance, k, mask=mask)
-    assert picks[1].tolist()[2:] == [-1] * (k - 2)
-    assert torch.equal(picks[1], wanted[1])
+def test_id_selection_of_many_tokens():
+    """The one size here at which `id_selection` chooses rounds by itself."""
+    kernels.module().set_seed(1)
+    x, importance, mask = clustered_features(2, 4100, 5), random_importance(2, 4100), some_mask(2, 4100)
+    picks = kernels.id_selection(x, importance, 12, mask=mask)
+    assert picks[1].tolist() == [*lvtp.id_selection(x, importance, 2, mask=mask)[1].tolist(), *[-1] * 10]
     assert selection_shortfall(picks[:1], x[:1], importance[:1], mask=mask[:1]) <= TOLERANCE
 
 
-@pytest.mark.parametrize("n", [60, 4100])
+WAYS = (kernels.id_selection, kernels.id_selection_in_rounds)
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("value", [0.0, 0.3, torch.nan, torch.inf, -torch.inf])
-def test_id_selection_ties_go_to_the_lowest_index(n, value):
+def test_id_selection_ties_go_to_the_lowest_index(way, value):
     kernels.module().set_seed(3)
-    picks = kernels.id_selection(torch.ones(1, n, 3), torch.full((1, n), value), 5)
-    assert picks.tolist() == [[0, 1, 2, 3, 4]]
+    picks = way(torch.ones(1, 200, 3), torch.full((1, 200), value), 150)
+    assert torch.equal(picks[0], torch.arange(150))
 
 
-def test_id_selection_of_bad_input(seed):
-    x, importance = hostile_features(50), random_importance(2, 50)
+@pytest.mark.parametrize("way", WAYS)
+def test_id_selection_of_bad_input(seed, way):
+    x, importance = hostile_features(50).to(DTYPES[seed // 2 * 2]), random_importance(2, 50)
     importance[0, :4] = torch.tensor([torch.nan, torch.inf, -torch.inf, torch.inf])
     importance[1] = 3e38 * (torch.arange(50) % 3 - 1)  # the spread overflows
-    picks = kernels.id_selection(x, importance, 50)
+    picks = way(x, importance, 50)
     assert selection_shortfall(picks, x, importance) <= TOLERANCE
     assert picks[0, 0] in (1, 3)
     assert picks[0, -1] == 0
+
+
+# A round has 128 candidates, a team of 5 blocks 64 tokens each at a time.
+@pytest.mark.parametrize(("n", "d", "k"), [(1, 3, 1), (2, 9, 2), (65, 50, 40), (129, 7, 129), (350, 16, 350)])
+def test_id_selection_in_rounds_sizes(seed, n, d, k):
+    x, importance = clustered_features(2, n, d, seed=n, dtype=DTYPES[seed % 3]), random_importance(2, n, n)
+    picks = kernels.id_selection_in_rounds(x, importance, k)
+    assert selection_shortfall(picks, x, importance) <= (TOLERANCE if k < 200 else 2 * TOLERANCE)
+    if x.dtype != torch.float32:  # whose three products are not the same for both factors
+        assert torch.equal(picks, kernels.id_selection(x, importance, k))
+
+
+@pytest.mark.parametrize("clusters", [2, 12, 200])
+def test_id_selection_in_many_rounds(seed, clusters):
+    """Candidates that are alike leave the race together, and many equal scores and equal tokens tie."""
+    x = clustered_features(1, 330, 8, seed=seed, clusters=clusters, noise=0.0)
+    importance = torch.randint(0, 6, (1, 330), generator=torch.Generator().manual_seed(seed)) / 5
+    picks = kernels.id_selection_in_rounds(x.half(), importance, 260)
+    assert selection_shortfall(picks, x.half(), importance) <= 2 * TOLERANCE
+    assert torch.equal(picks, kernels.id_selection(x.half(), importance, 260))
+
+
+def test_id_selection_in_rounds_with_masks_and_more_images_than_teams(seed):
+    n, k = 70, 40
+    x, importance, mask = clustered_features(7, n, 6), random_importance(7, n), some_mask(7, n)
+    mask[2] = False
+    x[~mask] = torch.nan
+    importance[~mask] = torch.inf
+    picks = kernels.id_selection_in_rounds(x, importance, k, mask=mask)
+    assert selection_shortfall(picks, x, importance, mask=mask) <= TOLERANCE
+    assert (picks[2] == -1).all()
+    assert (picks[6, 2:] == -1).all()
+
+
+def test_id_selection_in_rounds_of_rows_of_any_length_and_misaligned(seed):
+    importance = random_importance(1, 150)
+    for dtype, d in zip(DTYPES * 2, (64, 33, 34, 70, 200, 1), strict=True):
+        room = torch.zeros(1 + 150 * d, dtype=dtype)
+        for x in (room[1:].view(1, 150, d), room[:-1].view(1, 150, d)):
+            x.copy_(clustered_features(1, 150, d, seed=d))
+            picks = kernels.id_selection_in_rounds(x, importance, 20)
+            assert selection_shortfall(picks, x, importance) <= TOLERANCE
+
+
+def test_id_selection_in_rounds_of_huge_tiny_and_absent_tokens(seed):
+    x, importance = hostile_features(300), random_importance(2, 300)
+    for features in (x, x.bfloat16(), x * 1e-12):
+        picks = kernels.id_selection_in_rounds(features, importance, 200)
+        assert selection_shortfall(picks, features, importance) <= 2 * TOLERANCE
 
 
 # ---------------------------------------------------------------------------------------------------------------- psca
