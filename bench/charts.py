@@ -1,7 +1,7 @@
 """A run's plots: latency as one dimension of the input grows, and how many times faster than what else there is."""
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import StrMethodFormatter
+from matplotlib.ticker import LogLocator, StrMethodFormatter
 
 from bench import plots
 from bench.runs import Row, Run
@@ -25,13 +25,13 @@ def style(variant: str) -> dict:
 
 
 def sweep(run: Run, name: str, field: str) -> list[Row]:
-    """The longest series of rows of one dtype that differ in `field` alone."""
+    """The longest series of rows of one dtype and kind of input that differ in `field` alone."""
     series: dict[tuple, dict[int, Row]] = {}
     for row in run.rows:
-        if row.name == name and not row.input and not (field == "keep" and name in WITHOUT_BUDGET):
+        if row.name == name and not (field == "keep" and name in WITHOUT_BUDGET):
             same = row.shape._replace(model="", **{field: 0})
             # A GPU's compiled variants come in a second row, which has the first one's variants, too.
-            series.setdefault((row.dtype, same), {})[getattr(row.shape, field)] = row
+            series.setdefault((row.dtype, row.input, same), {})[getattr(row.shape, field)] = row
     longest = max(series.values(), key=len, default={})
     return [longest[value] for value in sorted(longest)] if len(longest) >= FEWEST else []
 
@@ -62,7 +62,7 @@ def legend(figure: Figure) -> None:
 def latency(run: Run, name: str) -> Figure:
     """A panel for each dimension that a series of rows goes along."""
     found = sweeps(run, name)
-    size = (1.2 + 2.9 * len(found), 3.9)
+    size = (max(7, 1.2 + 2.9 * len(found)), 3.9)  # captions take 7
     figure, axes = plots.plt.subplots(1, len(found), figsize=size, squeeze=False, sharey=True)
     for axis, (field, rows) in zip(axes[0], found.items(), strict=True):
         for variant, line in points(rows, field).items():
@@ -70,13 +70,17 @@ def latency(run: Run, name: str) -> Figure:
         shape, dtype = rows[0].shape._asdict(), rows[0].dtype
         dimensions = [f for f in AXES if f != "keep" or name not in WITHOUT_BUDGET]
         fixed = [f"{AXES[f][-1]} = {shape[f]}" for f in dimensions if f != field]
-        axis.set_title(", ".join([*fixed, f"D = {shape['features']}", dtype]), fontsize=8)
+        kind = [rows[0].input] if rows[0].input else []
+        axis.set_title(", ".join([*fixed, f"D = {shape['features']}", dtype, *kind]), fontsize=8)
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
         values = [getattr(row.shape, field) for row in rows]
         axis.set_xticks(values, [str(v) for v in values])
         axis.minorticks_off()
         axis.set_xlabel(AXES[field])
+        low, high = axis.get_ylim()  # shared
+        if high < 100 * low:
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter(PLAIN)
     axes[0, 0].set_ylabel(f"{name}: median latency, ms")
     legend(figure)

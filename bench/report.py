@@ -143,7 +143,7 @@ def missing(run: Run) -> str:
     """What bench.shapes registers and this run does not have, by operator."""
     found = {row.dtype for row in run.rows}
     lines = [f"- {dtype}: any operator" for dtype in DTYPES if dtype not in found]
-    timed = {(row.name, row.dtype, row.size) for row in run.rows if row.ours is not None}
+    timed = {(row.name, row.dtype, row.size) for row in run.rows if row.ours and not row.input}
     for name in OPERATORS:
         dtypes = [dtype for dtype in DTYPES if dtype in found and (dtype == "float32" or not fp32_only(name))]
         sizes = dict.fromkeys(Row(name, shape, "", "", {}).size for shape in SHAPES)

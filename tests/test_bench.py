@@ -250,6 +250,17 @@ def test_the_report_gives_three_digits(report):
     assert {value: report.digits(value) for value in values} == values
 
 
+def test_a_curve_keeps_to_one_kind_of_input(report):
+    result = cpu_result("A CPU", 1e-3)
+    hard = json.loads(json.dumps(result["benchmarks"][1]))
+    hard["extra_info"]["input"], hard["stats"]["median"] = "all alike", 5.0
+    result["benchmarks"].append(hard)
+    run = report.runs.cpu_run(Path("ops.json"), result)
+    for field, milliseconds in (("keep", [1, 2, 3]), ("images", [2, 4, 5])):
+        curve = report.charts.sweep(run, "id_selection", field)
+        assert [1e3 * row.ours for row in curve] == pytest.approx(milliseconds)
+
+
 def test_the_report_says_what_was_not_measured(tmp_path, report):
     assert report.page(tmp_path).count("Not measured yet") == 3
     (tmp_path / "a").mkdir()
