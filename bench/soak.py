@@ -18,6 +18,8 @@ from itertools import count
 from pathlib import Path
 from random import Random
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # more threads than cores would spin
+
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -191,19 +193,16 @@ def main(argv: list[str] | None = None) -> int:
     tallies, started, seconds = {op: Tally() for op in ops}, time.monotonic(), 60 * options.minutes
     bar = tqdm(total=seconds, bar_format="{percentage:3.0f}%|{bar}| {n:.0f} of {total:.0f} s{postfix}", mininterval=1)
     try:
-        for seed in count(first):
-            for op in ops:
-                again = f"python -m bench.soak --minutes 0 --seed {seed} --only {op}"
-                with no_hang(again):
-                    if wrong := run_case(seed, op, where, tallies[op]):
-                        tqdm.write(f"{again}\n    {' '.join(wrong.split())[:1000]}")
-                elapsed, cases = time.monotonic() - started, sum(t.cases for t in tallies.values())
-                bar.set_postfix_str(
-                    f"{cases} cases, {cases / elapsed:.1f} a second, {sum(t.failed for t in tallies.values())} failed",
-                    refresh=False,
-                )
-                bar.update(min(elapsed, seconds) - bar.n)
-            if elapsed >= seconds:
+        for seed, op in ((seed, op) for seed in count(first) for op in ops):
+            again = f"python -m bench.soak --minutes 0 --seed {seed} --only {op}"
+            with no_hang(again):
+                if wrong := run_case(seed, op, where, tallies[op]):
+                    tqdm.write(f"{again}\n    {' '.join(wrong.split())[:1000]}")
+            elapsed, cases = time.monotonic() - started, sum(t.cases for t in tallies.values())
+            failed = sum(t.failed for t in tallies.values())
+            bar.set_postfix_str(f"{cases} cases, {cases / elapsed:.1f} a second, {failed} failed", refresh=False)
+            bar.update(min(elapsed, seconds) - bar.n)
+            if elapsed >= seconds and cases >= len(ops):
                 break
     except KeyboardInterrupt:  # what it has found so far
         pass
