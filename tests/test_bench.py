@@ -165,6 +165,8 @@ def test_prefill_goes_on_without_a_variant_that_fails(monkeypatch, capsys):
     group.variants = [group.variants[0], failing]
     assert list(group.measure(0.0)) == group.variants[:1]
     assert f"{failing} failed: out of memory" in capsys.readouterr().out
+
+
 def cpu_result(machine: str, seconds: float) -> dict:
     """As pytest-benchmark writes them."""
     rows = []
