@@ -244,6 +244,15 @@ def test_id_selection_in_many_rounds(seed, clusters):
     assert torch.equal(picks, kernels.id_selection(x.half(), importance, 260))
 
 
+def test_id_selection_in_rounds_when_candidates_fall_to_the_others_scores(seed):
+    """Exactly: scores are quarters, and a pick takes all of its score from its equals and nothing from others."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.eye(20)[torch.randint(0, 20, (1, 330), generator=g)]
+    importance = torch.randint(0, 5, (1, 330), generator=g) / 4
+    picks = kernels.id_selection_in_rounds(x, importance, 300, gamma=1e6)
+    assert torch.equal(picks, lvtp.id_selection(x, importance, 300, gamma=1e6))
+
+
 def test_id_selection_in_rounds_with_masks_and_more_images_than_teams(seed):
     n, k = 70, 40
     x, importance, mask = clustered_features(7, n, 6), random_importance(7, n), some_mask(7, n)
