@@ -10,7 +10,7 @@
 //
 // In a simulation, 16384 tokens and 1024 picks take 9 to 15 rounds, in which the team waits 27 to 51 times, where 12 to
 // 1000 clusters of tokens lie anywhere, and 15 to 35, with 46 to 114 waits, where neighbours are alike. With 64
-// candidates there are nearly twice as many rounds, each of two thirds of the bytes: a block reads its tokens and the
+// candidates there are 1.4 to 2 times as many rounds, each of two thirds of the bytes: a block reads its tokens and the
 // candidates.
 #include "rounds.cuh"
 
