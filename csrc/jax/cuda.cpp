@@ -83,7 +83,7 @@ static ffi::Error id_selection(
     require(1 <= k && k <= x.n, "k", "in [1, " + std::to_string(x.n) + "]", k);
     int64_t* const to = picks(out, x, k);
     if (x.images == 0) return;
-    void* const workspace = allocate(scratch, cuda::id_selection_workspace(x.images, x.n, k));
+    void* const workspace = allocate(scratch, cuda::id_selection_workspace(x.images, x.n));
     check(cuda::id_selection(x.values, x.dtype, importance, mask, x.images, x.n, x.d, k, gamma, workspace, to, stream));
   });
 }
