@@ -17,12 +17,22 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
+class _PrintCmakePath(argparse.Action):
+    """As the action "version", which breaks long lines."""
+
+    def __init__(self, option_strings, dest, help):
+        super().__init__(option_strings, dest, nargs=0, help=help)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        print(Path(__file__).parent / "lib" / "cmake")
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lvtp", description="Fast, exact visual-token selectors.")
     parser.add_argument(
         "--cmake-path",
-        action="version",  # prints and exits
-        version=str(Path(__file__).parent / "lib" / "cmake"),
+        action=_PrintCmakePath,
         help="print where CMake finds lvtp, for CMAKE_PREFIX_PATH",
     )
     commands = parser.add_subparsers(title="commands", required=True)

@@ -23,6 +23,8 @@ def _tensor(value, name: str, argument):
         raise TypeError(
             f"{name}: {argument.name} must be a torch.Tensor or an array with __dlpack__, got {type(value).__name__}"
         )
+    if any(stride < 0 for stride in getattr(value, "strides", None) or ()):  # torch ends the process over it
+        raise ValueError(f"{name}: {argument.name} must not run backwards in memory, got strides {value.strides}")
     return torch.from_dlpack(value)
 
 

@@ -142,6 +142,8 @@ def use_backend(backend: str) -> Iterator[None]:
 
 def call(name: str, *args, overload: str = "default"):
     """Run operator `name` on the backend in force."""
+    if len(args) > 1 and hasattr(args[1], "__dlpack__") and not isinstance(args[1], Tensor):
+        return dlpack.in_kind(call, name, args, overload)
     if type(args[0]) is not Tensor:
         if not isinstance(args[0], Tensor):
             return dlpack.in_kind(call, name, args, overload)

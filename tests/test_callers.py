@@ -116,3 +116,14 @@ def test_the_gil_is_released_while_an_operator_runs():
         assert any(this_thread_runs_meanwhile() for _ in range(3))
     finally:
         sys.setswitchinterval(interval)
+
+
+def test_an_array_that_runs_backwards_is_refused_by_name():
+    x, scores = np.ones((1, 4, 3), np.float32), np.ones((1, 4), np.float32)
+    with pytest.raises(ValueError, match="id_selection: features must not run backwards"):
+        lvtp.id_selection(x[:, ::-1], scores, 2)
+
+
+def test_an_array_beside_a_tensor():
+    x, scores = torch.eye(4)[None], np.array([[1, 4, 3, 2]], np.float32)
+    assert lvtp.id_selection(x, scores, 2).tolist() == [[1, 2]]

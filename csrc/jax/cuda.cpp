@@ -63,9 +63,10 @@ static int64_t* picks(ffi::Result<ffi::AnyBuffer> out, const Features& x, int64_
 }
 
 static void* allocate(ffi::ScratchAllocator& scratch, int64_t bytes) {
-  const auto memory = scratch.Allocate(static_cast<size_t>(bytes), 256);
+  constexpr uintptr_t kWanted = 256, kMost = 16;  // XLA refuses to promise more than kMost
+  const auto memory = scratch.Allocate(static_cast<size_t>(bytes) + kWanted - kMost, kMost);
   if (!memory) throw std::runtime_error("lvtp: no " + std::to_string(bytes) + " bytes of scratch memory on the device");
-  return *memory;
+  return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(*memory) + kWanted - 1) / kWanted * kWanted);
 }
 
 static void check(cudaError_t error) {

@@ -73,7 +73,9 @@ def always_masked(model: PreTrainedModel):
 
     def add_mask(module, args, kwargs):
         if kwargs.get("attention_mask") is None:
-            kwargs["attention_mask"] = torch.ones_like(kwargs["input_ids"])
+            ids = kwargs.get("input_ids")
+            like = kwargs["inputs_embeds"][..., 0] if ids is None else ids  # [B, S]
+            kwargs["attention_mask"] = torch.ones_like(like, dtype=torch.long)
         return args, kwargs
 
     hook = model.register_forward_pre_hook(add_mask, with_kwargs=True)
@@ -85,20 +87,31 @@ def always_masked(model: PreTrainedModel):
 
 @dataclass(frozen=True)
 class _CachedPrompt:
-    """What is known about the pruned prompt in a key-value cache."""
+    """What is known about the prompt in a key-value cache."""
 
-    skipped: Tensor  # int64 [B]: how far positions run ahead of the tokens cached; 0 for compact positions
+    # int64 [B]: how far positions run ahead of the tokens cached; 0 for compact ones. None: the prompt was not pruned.
+    skipped: Tensor | None
     restored: bool  # whether the sequences returned beside the cache hold the unpruned prompt
 
 
 _CACHED_PROMPTS: WeakKeyDictionary[Cache, _CachedPrompt] = WeakKeyDictionary()
 
 
+def _cache_of(call: dict[str, Any], outputs: Tensor | ModelOutput) -> Cache | None:
+    cache = call.get("past_key_values")
+    return outputs.get("past_key_values") if cache is None and isinstance(outputs, ModelOutput) else cache
+
+
+def remember_unpruned(call: dict[str, Any], outputs: Tensor | ModelOutput) -> None:
+    """The same of a call that lost no tokens; a cache that holds a pruned prompt from before does not change."""
+    cache = _cache_of(call, outputs)
+    if cache is not None:
+        _CACHED_PROMPTS.setdefault(cache, _CachedPrompt(None, restored=False))
+
+
 def remember_cache(call: dict[str, Any], outputs: Tensor | ModelOutput, pruned: Pruned, restored: bool) -> None:
     """Notes what the cache of a `generate` call holds, if the caller can get at it."""
-    cache = call.get("past_key_values")
-    if cache is None and isinstance(outputs, ModelOutput):
-        cache = outputs.get("past_key_values")
+    cache = _cache_of(call, outputs)
     if cache is None:
         return
     sequences = outputs if isinstance(outputs, Tensor) else outputs.sequences
@@ -113,6 +126,13 @@ def filled_cache(call: dict[str, Any]) -> Cache | None:
     return cache if cache is not None and cache.get_seq_length() > 0 else None
 
 
+def forget_emptied(call: dict[str, Any]) -> None:
+    """A cache that is reset holds no pruned prompt any more."""
+    cache = call.get("past_key_values")
+    if cache is not None and filled_cache(call) is None:
+        _CACHED_PROMPTS.pop(cache, None)
+
+
 def check_continued_prompt(call: dict[str, Any]) -> None:
     """Raises if the call continues a cache of pruned tokens with sequences that hold the unpruned prompt."""
     cache = filled_cache(call)
@@ -123,10 +143,14 @@ def check_continued_prompt(call: dict[str, Any]) -> None:
         )
 
 
-def continue_positions(call: dict[str, Any], must_be_known: bool, from_latest: bool) -> dict[str, Any]:
+def continue_positions(
+    call: dict[str, Any], whole: bool, removed: int, must_be_known: bool, from_latest: bool
+) -> dict[str, Any]:
     """The call with the position ids of a later turn, where those that transformers counts may be wrong.
 
     Args:
+        whole: `input_ids` may hold what is cached, too, as those of `generate` do.
+        removed: columns that the latest prompt lost.
         must_be_known: raise ValueError for a cache that did not come from a pruned `generate`.
         from_latest: the model counts on from its latest prompt, which need not be the one in the cache.
     """
@@ -134,21 +158,37 @@ def continue_positions(call: dict[str, Any], must_be_known: bool, from_latest: b
     if cache is None or call.get("position_ids") is not None:
         return call
     known = _CACHED_PROMPTS.get(cache)
+    prompt, mask = call.get("input_ids"), call.get("attention_mask")
+    whole = whole and prompt is not None
+    if prompt is None:
+        prompt = call.get("inputs_embeds")
+        if prompt is None:
+            return call  # an error of the model's
+        prompt = prompt[..., 0]  # [B, new]
+    cached, new = cache.get_seq_length(), prompt.shape[1]
+    length = new if whole and new > cached else cached + new
+    widths = (new, cached + new) if whole else (length,)
+    misfit = mask is not None and mask.dim() == 2 and mask.shape[1] not in widths
+    pruned = known is not None and known.skipped is not None
+    # transformers cuts a mask that is too long, and reads the wrong end of it.
+    if misfit and (pruned or (known is None and mask.shape[1] - length == removed)):
+        raise ValueError(
+            f"attention_mask must have {length} columns, those of the pruned prompt in past_key_values and of the "
+            f"tokens after it, got {mask.shape[1]}"
+        )
     if known is None and must_be_known:
         raise ValueError(
             "position_ids must be given with positions='original' and a past_key_values that did not come from a "
             "pruned generate: they go on from pruning.last.next_position"
         )
-    if known is None or not (from_latest or bool(known.skipped.any())):
+    if not pruned or not (from_latest or bool(known.skipped.any())):
         return call
-    prompt, mask = call.get("input_ids"), call.get("attention_mask")
-    prompt = call["inputs_embeds"][..., 0] if prompt is None else prompt  # [B, new]
     if prompt.shape[0] != known.skipped.shape[0]:
         raise ValueError(
             f"input_ids must hold the {known.skipped.shape[0]} rows of past_key_values, got {prompt.shape[0]}"
         )
     if mask is None:
-        mask = torch.ones_like(prompt)
+        mask = prompt.new_ones((prompt.shape[0], length), dtype=torch.long)
     ahead = known.skipped.to(mask.device)[:, None]
     position_ids = (mask.long().cumsum(dim=1) - 1).clamp(min=0) + ahead  # [B, cached + new]
     return {**call, "position_ids": position_ids[:, -prompt.shape[1] :]}

@@ -32,6 +32,7 @@ class Pruning:
     def __init__(self, model: PreTrainedModel, options: Options):
         self.options = options
         self.last: Pruned | None = None
+        self._removed = 0  # columns that the latest prompt lost
         base = unwrapped(model)
         self._family = family_of(base, options)
         self._model = ref(base)
@@ -56,30 +57,45 @@ class Pruning:
 
     def _forward(self, model: PreTrainedModel, call: dict[str, Any]) -> dict[str, Any]:
         """The arguments for `model.forward` instead of `call`."""
+        generation.forget_emptied(call)
         if not has_pixels(self._family, call):
             return self._continued(call)
-        call, self.last = rewrite(model, self._family, call, self.options)
+        return self._rewritten(model, call)
+
+    def _rewritten(self, model: PreTrainedModel, call: dict[str, Any], **sides) -> dict[str, Any]:
+        given = "inputs_embeds" if call.get("input_ids") is None else "input_ids"
+        before = call.get(given)
+        call, self.last = rewrite(model, self._family, call, self.options, **sides)
+        self._removed = before.shape[1] - call[given].shape[1]
         return call
 
-    def _continued(self, call: dict[str, Any]) -> dict[str, Any]:
+    def _continued(self, call: dict[str, Any], whole: bool = False) -> dict[str, Any]:
         """A call without images, which may go on from a cache."""
         by_itself = self._family.continues_by_itself
         ours = self._family.positions(self.options) == "original" and not by_itself
-        return generation.continue_positions(call, must_be_known=ours, from_latest=by_itself)
+        return generation.continue_positions(
+            call, whole, self._removed, must_be_known=ours and self._removed > 0, from_latest=by_itself
+        )
 
     @torch.no_grad()
     def _generate(self, original: Callable, model: PreTrainedModel, call: dict[str, Any]):
         """What `model.generate` does instead of `original(**call)`."""
         positions = self._family.positions(self.options)
+        generation.forget_emptied(call)
         if not has_pixels(self._family, call):
             generation.check_continued_prompt(call)
-            return original(**self._continued(call))
+            call = self._continued(call, whole=True)
+            outputs = original(**call)
+            generation.remember_unpruned(call, outputs)
+            return outputs
         generation.check_chunks(model, call)
         given = "inputs_embeds" if call.get("input_ids") is None else "input_ids"
         prompt = call.get(given)
-        call, self.last = rewrite(model, self._family, call, self.options, side="left")
+        call = self._rewritten(model, call, side="left")
         if call[given] is prompt:  # everything was kept
-            return original(**call)
+            outputs = original(**call)
+            generation.remember_unpruned(call, outputs)
+            return outputs
 
         pruned_length = call[given].shape[1]
         if self.options.restore_prompt:

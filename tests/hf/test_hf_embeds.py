@@ -5,22 +5,15 @@ import torch
 
 import lvtp.hf
 
-from . import tiny_qwen
 from .members import MEMBERS
 
 KEEP = 3
-LLAVAS = [member.name for member in MEMBERS if member.name not in tiny_qwen.BUILDERS]
 
 
-@pytest.fixture(params=[*LLAVAS, *tiny_qwen.BUILDERS])
+@pytest.fixture(params=MEMBERS, ids=lambda member: member.name)
 def call(request):
     """A model, a call of it with input_ids, and the same with embeddings."""
-    if request.param in tiny_qwen.BUILDERS:
-        model = tiny_qwen.shared(request.param)
-        inputs = tiny_qwen.batch(model, *tiny_qwen.BATCHES["mixed"])
-    else:
-        (member,) = (member for member in MEMBERS if member.name == request.param)
-        model, inputs = member.model, member.batch("ragged")
+    model, inputs = request.param.model, request.param.batch("ragged")
     embedded = {name: value for name, value in inputs.items() if name != "input_ids"}
     embedded["inputs_embeds"] = model.get_input_embeddings()(inputs["input_ids"]).detach()
     return model, inputs, embedded
@@ -86,3 +79,11 @@ def test_info_and_wrong_shapes(call):
     assert lvtp.hf.info(model, embedded, keep=KEEP) == lvtp.hf.info(model, inputs, keep=KEEP)
     with pytest.raises(ValueError, match=r"inputs_embeds must be a \[B, S, D\] tensor"):
         lvtp.hf.prepare(model, {**embedded, "inputs_embeds": torch.ones(2, 3)}, keep=KEEP)
+
+
+def test_without_a_cache(call):
+    model, inputs, embedded = call
+    width = inputs["input_ids"].shape[1]
+    options = {"max_new_tokens": 3, "use_cache": False}
+    with lvtp.hf.prune(model, keep=KEEP, positions="original"):
+        assert torch.equal(model.generate(**embedded, **options), model.generate(**inputs, **options)[:, width:])

@@ -133,6 +133,55 @@ def test_a_reset_cache_starts_anew(member):
         assert torch.equal(model.generate(**inputs, past_key_values=cache, max_new_tokens=NEW), one)
 
 
+@pytest.mark.parametrize("positions", ["compact", "original"])
+def test_a_later_forward_without_a_mask_counts_what_is_cached(member, positions):
+    model, inputs = member.model, member.batch("single")
+    text = torch.randint(2, 100, (1, 4), generator=torch.Generator().manual_seed(3))
+
+    def later(masked):
+        one = model.generate(**inputs, max_new_tokens=NEW, return_dict_in_generate=True)
+        cached = one.past_key_values.get_seq_length()
+        mask = {"attention_mask": torch.ones(1, cached + 4, dtype=torch.long)} if masked else {}
+        with torch.no_grad():
+            return model(input_ids=text, past_key_values=one.past_key_values, **mask).logits
+
+    with lvtp.hf.prune(model, keep=KEEP, positions=positions, restore_prompt=False):
+        torch.testing.assert_close(later(False), later(True), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_the_mask_of_the_unpruned_prompt_raises_in_a_later_turn(member, by_hand):
+    """transformers would cut it and read the wrong end."""
+    model, inputs = member.model, member.batch("single")
+    with torch.no_grad(), lvtp.hf.prune(model, keep=KEEP, restore_prompt=False):
+        if by_hand:
+            cache = model(**inputs, use_cache=True).past_key_values
+        else:
+            cache = model.generate(**inputs, max_new_tokens=1, return_dict_in_generate=True).past_key_values
+        said = torch.tensor([[5]])
+        mask = torch.ones(1, inputs["input_ids"].shape[1] + 1, dtype=torch.long)
+        with pytest.raises(ValueError, match="attention_mask must have"):
+            model(input_ids=said, attention_mask=mask, past_key_values=cache)
+
+
+@pytest.mark.parametrize("positions", ["compact", "original"])
+def test_a_reset_cache_forgets_the_pruned_prompt(member, positions):
+    model, inputs = member.model, member.batch("single")
+    text = torch.randint(2, 100, (1, 6), generator=torch.Generator().manual_seed(4))
+    cache = StaticCache(model.config.get_text_config(), max_cache_len=64)
+
+    def two_turns():
+        one = model.generate(input_ids=text, past_key_values=cache, max_new_tokens=2)
+        return model.generate(input_ids=torch.cat([one, text], dim=1), past_key_values=cache, max_new_tokens=NEW)
+
+    wanted = two_turns()
+    cache.reset()
+    with lvtp.hf.prune(model, keep=KEEP, positions=positions):
+        model.generate(**inputs, past_key_values=cache, max_new_tokens=1)
+        cache.reset()
+        assert torch.equal(two_turns(), wanted)
+
+
 def test_decoding_by_hand_with_original_positions(model):
     inputs = batch(model, *BATCHES["two_and_one"])
     wanted = assemble(model, inputs, KEEP, "original").greedy(model, 2)
