@@ -172,7 +172,8 @@ def prune(
             rows with a token left (None means this one); "drop", none; "all". An image that keeps every token keeps
             them all.
         restore_prompt: `generate` returns the original prompt before the new tokens, and `max_length` counts it. To go
-            on from a cache that `generate` filled, turn it off: the cache holds the pruned prompt.
+            on from a cache that `generate` filled, turn it off: the cache holds the pruned prompt. Stopping criteria,
+            logits processors and streamers see the pruned prompt either way.
 
     Yields:
         A `Pruning`; its `last` says what the latest call kept.

@@ -32,9 +32,11 @@ def _contiguous(tensor, dtype=None):
 
 
 class _Workspace:
+    content = 0  # of each byte
+
     def __init__(self, size: int):
         self.bytes = torch.full((size + 2 * MARGIN,), 0xA5, dtype=torch.uint8)
-        self.bytes[MARGIN : MARGIN + size] = 0
+        self.bytes[MARGIN : MARGIN + size] = self.content
         self.size = size
 
     def __enter__(self):

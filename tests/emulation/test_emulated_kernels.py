@@ -501,6 +501,26 @@ def test_prune_sid_picks_what_the_cpu_picks(seed, n, reserved, center):
     assert torch.equal(picks, lvtp.prune_sid(x, importance, n, reserved, center))
 
 
+def test_no_kernel_relies_on_what_the_workspace_held(monkeypatch):
+    kernels.module().set_seed(1)
+    x, scores, matrix = clustered_features(2, 70, 40), random_importance(2, 70), with_spectrum(range(270, 0, -1))
+
+    def run():
+        return (
+            kernels.mean_similarity(x),
+            kernels.greedy_suppression(scores, lvtp.cosine_similarity(x), 9),
+            kernels.id_selection_in_rounds(x, scores, 40),
+            *kernels.leading_eigenvectors(matrix, 3),
+            *kernels.psca(x, 5),
+            kernels.prune_sid(x, scores, 20),
+            kernels.dynamic_budget(x, 60),
+        )
+
+    clean = run()
+    monkeypatch.setattr(kernels._Workspace, "content", 0xA5)
+    assert all(map(torch.equal, run(), clean))
+
+
 # ------------------------------------------------------------------------------------------------------ dynamic_budget
 
 
