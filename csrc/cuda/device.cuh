@@ -18,6 +18,13 @@ __device__ inline float value(float v) { return v; }
 __device__ inline float value(__half v) { return __half2float(v); }
 __device__ inline float value(__nv_bfloat16 v) { return __bfloat162float(v); }
 
+// Bits that look random, the same in every run.
+__device__ inline uint32_t scrambled(uint32_t at) {
+  uint32_t bits = at + 1u;
+  for (int round = 0; round < 3; ++round) bits = (bits ^ bits >> 16) * 0x45d9f3bu;
+  return bits;
+}
+
 // The sum over a warp, in every lane.
 template <class T>
 __device__ T warp_sum(T v) {

@@ -15,10 +15,8 @@ __global__ void __launch_bounds__(kMostThreads)
   if (at >= rows || is_settled(settled, at / n)) return;
   const Form f(matrices, forms, at / n, n);
   const int i = static_cast<int>(at % n);
-  auto bits = static_cast<uint32_t>(i) + 1u;
-  for (int round = 0; round < 3; ++round) bits = (bits ^ bits >> 16) * 0x45d9f3bu;
   const double scale = f.trace() > 0.0 ? 1.0 / f.trace() : 0.0, beside = f.beside()[i] * scale;
-  f.diagonal()[i] = f.diagonal()[i] * scale + (bits * 0x1p-32 - 0.5) * 1e-11;
+  f.diagonal()[i] = f.diagonal()[i] * scale + (scrambled(i) * 0x1p-32 - 0.5) * 1e-11;
   f.beside()[i] = i > 0 ? copysign(fmax(fabs(beside), 1e-18), beside) : 0.0;
 }
 

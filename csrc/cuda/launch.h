@@ -20,16 +20,21 @@ cudaError_t allow_shared(void (*kernel)(Params...), size_t bytes) {
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
 }
 
-// `shared` counts the bytes of dynamic shared memory.
-template <class... Params, class... Args>
-cudaError_t launch(
-    void (*kernel)(Params...), dim3 grid, unsigned threads, size_t shared, cudaStream_t stream, Args&&... args) {
-  LVTP_TRY(allow_shared(kernel, shared));
+inline cudaLaunchConfig_t configured(dim3 grid, unsigned threads, size_t shared, cudaStream_t stream) {
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared;
   config.stream = stream;
+  return config;
+}
+
+// `shared` counts the bytes of dynamic shared memory.
+template <class... Params, class... Args>
+cudaError_t launch(
+    void (*kernel)(Params...), dim3 grid, unsigned threads, size_t shared, cudaStream_t stream, Args&&... args) {
+  LVTP_TRY(allow_shared(kernel, shared));
+  const cudaLaunchConfig_t config = configured(grid, threads, shared, stream);
   return cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
 }
 
@@ -65,11 +70,7 @@ cudaError_t launch_together(
   cudaLaunchAttribute together{};
   together.id = cudaLaunchAttributeCooperative;
   together.val.cooperative = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(grid);
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared;
-  config.stream = stream;
+  cudaLaunchConfig_t config = configured(grid, threads, shared, stream);
   config.attrs = &together;
   config.numAttrs = 1;
   return cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);

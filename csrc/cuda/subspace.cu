@@ -39,13 +39,6 @@ struct Space {
   }
 };
 
-// In (-1, 1), the same in every run.
-__device__ double noise(uint32_t at) {
-  uint32_t bits = at + 1u;
-  for (int round = 0; round < 3; ++round) bits = (bits ^ bits >> 16) * 0x45d9f3bu;
-  return bits * 0x1p-31 - 1.0;
-}
-
 template <int kColumns>
 __device__ bool orthonormalise(const Part& t, Space<kColumns>& s, unsigned* arrivals, Shared<kColumns>& shared) {
   double least = 0.0;
@@ -92,7 +85,8 @@ __device__ bool iterate(const Part& t, Space<kColumns>& s, int count, unsigned* 
   constexpr int kSize = 16 * kColumns, kLast = 4;
   for (int first = t.part * kStrip; first < t.n; first += t.parts * kStrip) {
     const int end = (t.n - first < kStrip ? t.n - first : kStrip) * kSize;
-    for (int e = threadIdx.x; e < end; e += kStepThreads) s.x[first * kSize + e] = noise(first * kSize + e);
+    for (int e = threadIdx.x; e < end; e += kStepThreads)
+      s.x[first * kSize + e] = scrambled(first * kSize + e) * 0x1p-31 - 1.0;
   }
   team_barrier(arrivals, t.parts);  // the noise is complete
 #pragma unroll 1

@@ -8,6 +8,7 @@
 #include <functional>
 #include <numeric>
 #include <optional>
+#include <utility>
 
 namespace lvtp::jax {
 
@@ -44,6 +45,28 @@ ffi::Error guarded(const F& f) {
   } catch (const std::exception& error) {
     return ffi::Error(ffi::ErrorCode::kInvalidArgument, error.what());
   }
+}
+
+// What follows the context in each call, on either platform.
+template <class Binding>
+auto id_selection_arguments(Binding&& binding) {
+  return std::move(binding)
+      .RemainingArgs()
+      .template Ret<ffi::AnyBuffer>()
+      .template Attr<int64_t>("k")
+      .template Attr<double>("gamma")
+      .template Attr<int64_t>("given");
+}
+
+template <class Binding>
+auto prune_sid_arguments(Binding&& binding) {
+  return std::move(binding)
+      .RemainingArgs()
+      .template Ret<ffi::AnyBuffer>()
+      .template Attr<int64_t>("n")
+      .template Attr<int64_t>("reserved")
+      .template Attr<std::string_view>("center")
+      .template Attr<int64_t>("given");
 }
 
 }  // namespace lvtp::jax

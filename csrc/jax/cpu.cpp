@@ -85,21 +85,6 @@ static ffi::Error prune_sid(
 
 }  // namespace lvtp::jax
 
-LVTP_CUSTOM_CALL(
-    lvtp_id_selection, lvtp::jax::id_selection,
-    xla::ffi::Ffi::Bind()
-        .RemainingArgs()
-        .Ret<xla::ffi::AnyBuffer>()
-        .Attr<int64_t>("k")
-        .Attr<double>("gamma")
-        .Attr<int64_t>("given"));
+LVTP_CUSTOM_CALL(lvtp_id_selection, lvtp::jax::id_selection, lvtp::jax::id_selection_arguments(xla::ffi::Ffi::Bind()));
 
-LVTP_CUSTOM_CALL(
-    lvtp_prune_sid, lvtp::jax::prune_sid,
-    xla::ffi::Ffi::Bind()
-        .RemainingArgs()
-        .Ret<xla::ffi::AnyBuffer>()
-        .Attr<int64_t>("n")
-        .Attr<int64_t>("reserved")
-        .Attr<std::string_view>("center")
-        .Attr<int64_t>("given"));
+LVTP_CUSTOM_CALL(lvtp_prune_sid, lvtp::jax::prune_sid, lvtp::jax::prune_sid_arguments(xla::ffi::Ffi::Bind()));

@@ -117,23 +117,10 @@ static ffi::Error prune_sid(
 
 LVTP_CUSTOM_CALL(
     lvtp_id_selection_cuda, lvtp::jax::id_selection,
-    xla::ffi::Ffi::Bind()
-        .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
-        .Ctx<xla::ffi::ScratchAllocator>()
-        .RemainingArgs()
-        .Ret<xla::ffi::AnyBuffer>()
-        .Attr<int64_t>("k")
-        .Attr<double>("gamma")
-        .Attr<int64_t>("given"));
+    lvtp::jax::id_selection_arguments(
+        xla::ffi::Ffi::Bind().Ctx<xla::ffi::PlatformStream<cudaStream_t>>().Ctx<xla::ffi::ScratchAllocator>()));
 
 LVTP_CUSTOM_CALL(
     lvtp_prune_sid_cuda, lvtp::jax::prune_sid,
-    xla::ffi::Ffi::Bind()
-        .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
-        .Ctx<xla::ffi::ScratchAllocator>()
-        .RemainingArgs()
-        .Ret<xla::ffi::AnyBuffer>()
-        .Attr<int64_t>("n")
-        .Attr<int64_t>("reserved")
-        .Attr<std::string_view>("center")
-        .Attr<int64_t>("given"));
+    lvtp::jax::prune_sid_arguments(
+        xla::ffi::Ffi::Bind().Ctx<xla::ffi::PlatformStream<cudaStream_t>>().Ctx<xla::ffi::ScratchAllocator>()));

@@ -1,6 +1,7 @@
 """What `generate` needs around a shortened prompt: length limits, the prompt in its output, and the turn after."""
 
 import copy
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -102,11 +103,13 @@ def _cache_of(call: dict[str, Any], outputs: Tensor | ModelOutput) -> Cache | No
     return outputs.get("past_key_values") if cache is None and isinstance(outputs, ModelOutput) else cache
 
 
-def remember_unpruned(call: dict[str, Any], outputs: Tensor | ModelOutput) -> None:
-    """The same of a call that lost no tokens; a cache that holds a pruned prompt from before does not change."""
+def unpruned(original: Callable, call: dict[str, Any]) -> Tensor | ModelOutput:
+    """Runs a `generate` that lost no tokens, and notes so of its cache, unless that holds a pruned prompt already."""
+    outputs = original(**call)
     cache = _cache_of(call, outputs)
     if cache is not None:
         _CACHED_PROMPTS.setdefault(cache, _CachedPrompt(None, restored=False))
+    return outputs
 
 
 def remember_cache(call: dict[str, Any], outputs: Tensor | ModelOutput, pruned: Pruned, restored: bool) -> None:

@@ -84,18 +84,13 @@ class Pruning:
         generation.forget_emptied(call)
         if not has_pixels(self._family, call):
             generation.check_continued_prompt(call)
-            call = self._continued(call, whole=True)
-            outputs = original(**call)
-            generation.remember_unpruned(call, outputs)
-            return outputs
+            return generation.unpruned(original, self._continued(call, whole=True))
         generation.check_chunks(model, call)
         given = "inputs_embeds" if call.get("input_ids") is None else "input_ids"
         prompt = call.get(given)
         call = self._rewritten(model, call, side="left")
         if call[given] is prompt:  # everything was kept
-            outputs = original(**call)
-            generation.remember_unpruned(call, outputs)
-            return outputs
+            return generation.unpruned(original, call)
 
         pruned_length = call[given].shape[1]
         if self.options.restore_prompt:
