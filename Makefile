@@ -3,23 +3,32 @@
 # make sanitize  the CPU library's tests under sanitizers
 # make bench  the operators beside the reference, timed on this machine; make report puts the figures in a page
 # make lint   ruff and clang-format; make format applies them
-# Each sets up .venv on first use. TORCH says which torch that is, for example TORCH=torch for the newest.
+# make headers  csrc compiled against the headers of the oldest torch that will do, of others, and of the newest
+# make lock   the versions that all of these install, chosen anew; make newest runs the tests on the newest of everything
+# Each sets up .venv on first use, with the versions in constraints.txt. TORCH says which torch that is: to try another,
+# TORCH=torch CONSTRAINTS=/dev/null VENV=.venv-torch.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+CONSTRAINTS ?= constraints.txt
 VENV ?= .venv
 BIN := $(VENV)/bin
+PIP := PIP_CONSTRAINT=$(CONSTRAINTS) $(BIN)/pip install --quiet
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.h csrc/*/*/*.cpp)
 LINTED := $(CPP) $(wildcard examples/cpp/*.cpp tests/emulation/*.h tests/emulation/*.cpp tests/emulation/*.cu tests/emulation/include/*.h)
 
-.PHONY: demo test sanitize bench report lint format clean
+.PHONY: demo test headers sanitize bench report lint format lock newest clean
 
-demo: $(VENV)/built
+demo: $(VENV)/demo
 	$(BIN)/lvtp demo --out out/demo
 
 # Passive: on a machine that others use too, OpenMP's waiting threads would spin away the core the working one needs
 # (LAPACK's eigh on two threads, one core taken: 4 s instead of 60 ms).
 test: $(VENV)/built
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive PIP_CONSTRAINT=$(abspath $(CONSTRAINTS)) $(BIN)/python -m pytest
+
+# 2.11 is what rented machines with a GPU have.
+headers: $(VENV)/built
+	$(BIN)/python tests/torch_headers.py 2.11.0 2.15.0
 
 # The operators' tests on a library built with AddressSanitizer and UndefinedBehaviorSanitizer.
 SANITIZED := tests/test_cosine_similarity.py tests/test_mean_similarity.py tests/test_greedy_suppression.py \
@@ -28,13 +37,13 @@ SANITIZED := tests/test_cosine_similarity.py tests/test_mean_similarity.py tests
 
 sanitize: $(VENV)/built
 	rm -rf out/sanitized
-	CMAKE_ARGS="-DLVTP_SANITIZE=address,undefined -DCMAKE_CUDA_COMPILER=NOTFOUND" \
-		$(BIN)/pip install --quiet --no-build-isolation --no-deps --target out/sanitized .
+	CMAKE_ARGS="-DLVTP_SANITIZE=address,undefined -DLVTP_CUDA=OFF" \
+		$(PIP) --no-build-isolation --no-deps --target out/sanitized .
 	PYTHONPATH=out/sanitized LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 		OMP_WAIT_POLICY=passive $(BIN)/pytest -q -p no:cacheprovider -k "not reference" $(SANITIZED)
 
 bench: $(VENV)/built
-	$(BIN)/pip install --quiet -e ".[bench]" --no-build-isolation
+	$(PIP) --no-build-isolation -e ".[bench]"
 	mkdir -p out
 	$(BIN)/python -m pytest bench -q --benchmark-only --benchmark-quiet --benchmark-json=out/ops.json
 	$(BIN)/python -m bench.runs out/ops.json
@@ -52,20 +61,40 @@ format: $(VENV)/linters
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(LINTED)
 
+# One set of versions for every Python that the package takes. uv reads the markers; pip installs.
+lock: $(VENV)/bin/python
+	$(BIN)/pip install --quiet --group lock
+	mkdir -p out
+	echo "$(TORCH)" >out/torch.txt
+	$(BIN)/uv pip compile pyproject.toml --universal --python-version 3.10 --no-python-downloads --upgrade \
+		--extra test --extra bench --group lmms-eval --group lint --group lock --constraint out/torch.txt \
+		--no-annotate --custom-compile-command "make lock" --quiet --output-file constraints.txt
+
+newest:
+	$(MAKE) test VENV=.venv-newest CONSTRAINTS=/dev/null
+
 clean:
 	rm -rf build dist out lvtp/lib *.egg-info
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
+	$(PIP) --upgrade "pip>=25.1"
 
-# Build requirements come first, then the package without isolation, so that a rebuild compiles only what changed.
-$(VENV)/built: $(VENV)/bin/python pyproject.toml setup.py CMakeLists.txt $(CPP)
-	$(BIN)/pip install --quiet "$(TORCH)" "setuptools>=77" wheel "cmake>=3.25" ninja jaxlib
-	$(BIN)/pip install --quiet --no-build-isolation -e ".[test]"
-	$(BIN)/pip install --quiet --group lmms-eval && $(BIN)/pip install --quiet --no-deps lmms-eval==0.7.3
+# Build requirements come first, then the package without isolation, so that a rebuild compiles only what changed. The
+# demonstration needs less of everything: no test tools, and the CUDA library only where there is a GPU.
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(CONSTRAINTS) $(CPP)
+
+$(VENV)/demo: $(SOURCES) | $(VENV)/bin/python
+	$(PIP) "$(TORCH)" "setuptools>=77" wheel "cmake>=3.25" ninja
+	CMAKE_ARGS="-DLVTP_CUDA=$(if $(shell command -v nvidia-smi),ON,OFF)" $(PIP) --no-build-isolation -e ".[demo]"
 	touch $@
 
-$(VENV)/linters: $(VENV)/bin/python pyproject.toml
-	$(BIN)/pip install --quiet --group lint
+$(VENV)/built: $(SOURCES) | $(VENV)/bin/python
+	$(PIP) "$(TORCH)" "setuptools>=77" wheel "cmake>=3.25" ninja jaxlib
+	CMAKE_ARGS="-DLVTP_CUDA=ON" $(PIP) --no-build-isolation -e ".[test]"
+	$(PIP) --group lmms-eval && $(PIP) --no-deps lmms-eval==0.7.3
+	touch $(VENV)/demo $@
+
+$(VENV)/linters: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
+	$(PIP) --group lint
 	touch $@

@@ -1,7 +1,8 @@
 """Builds the libraries with CMake and Ninja and puts them into the package; pyproject.toml holds everything else.
 
 Environment: MAX_JOBS (compile jobs; sized from the cores and the memory when unset), TORCH_CUDA_ARCH_LIST (as torch's
-own builds read it, for example "8.0;9.0a+PTX"; CMakeLists.txt has the default).
+own builds read it, for example "8.0;9.0a+PTX"; CMakeLists.txt has the default), CMAKE_ARGS (-DLVTP_CUDA=OFF builds for
+the CPU alone).
 """
 
 import importlib.util
@@ -19,14 +20,14 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-TORCH_FLOOR = (2, 10)
+TORCH = re.search(r'"(torch>=(\d+)\.(\d+))"', (ROOT / "pyproject.toml").read_text())  # where the floor is stated
 
 
 def find_torch() -> Path | None:
     """The folder of a torch whose headers will do: the build's own, else that of the environment installed into.
 
-    The libraries keep to torch's stable ABI, so any torch from 2.10 on serves, and an isolated build need not fetch a
-    second one (gigabytes, by default) beside the one that is already there.
+    The libraries keep to torch's stable ABI, so any torch from the floor on serves, and an isolated build need not
+    fetch a second one (gigabytes, by default) beside the one that is already there.
     """
     spec = importlib.util.find_spec("torch")
     candidates = list(spec.submodule_search_locations or []) if spec else []
@@ -34,7 +35,7 @@ def find_torch() -> Path | None:
     for folder in map(Path, candidates):
         version = folder / "version.py"
         found = re.search(r"__version__ = '(\d+)\.(\d+)", version.read_text()) if version.exists() else None
-        if found and (int(found[1]), int(found[2])) >= TORCH_FLOOR:
+        if found and (int(found[1]), int(found[2])) >= (int(TORCH[2]), int(TORCH[3])):
             return folder
     return None
 
@@ -67,26 +68,29 @@ def cmake_architectures(arch_list: str) -> str:
     return ";".join(architectures)
 
 
+def run(*command) -> None:
+    subprocess.run([str(word) for word in command], check=True)
+
+
 class CMakeBuild(build_ext):
     def run(self):
         torch = find_torch()
         if torch is None:
-            raise SystemExit("lvtp's build needs the headers of torch >= 2.10 and found none: pip install torch")
-        inside = ROOT if self.inplace or self.editable_mode else Path(self.build_lib).resolve()
-        self.destination = inside / "lvtp" / "lib"
-        build = Path(self.build_temp).resolve() / "cmake"
+            raise SystemExit(f"lvtp's build needs the headers of {TORCH[1]} and found none: pip install torch")
+        in_place = self.inplace or self.editable_mode
+        self.destination = (ROOT if in_place else Path(self.build_lib).resolve()) / "lvtp" / "lib"
+        # setuptools gives every editable build a new temporary folder; in one that stays, only what changed is compiled.
+        build = ROOT / "build" / "editable" if in_place else Path(self.build_temp).resolve() / "cmake"
         configure = ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", f"-DLVTP_TORCH={torch}"]
         configure.append(f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}")  # an isolated build's moves at every build
         configure.append(f"-DLVTP_XLA={find_xla() or ''}")
         if os.environ.get("TORCH_CUDA_ARCH_LIST"):
             configure.append(f"-DCMAKE_CUDA_ARCHITECTURES={cmake_architectures(os.environ['TORCH_CUDA_ARCH_LIST'])}")
         configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
-        for command in (
-            configure,
-            ["cmake", "--build", build, "--parallel", str(max_jobs())],
-            ["cmake", "--install", build, "--prefix", self.destination],
-        ):
-            subprocess.run([str(word) for word in command], check=True)
+        run(*configure)
+        run("cmake", "--build", build, "--parallel", max_jobs())
+        shutil.rmtree(self.destination, ignore_errors=True)  # no library of an earlier build stays
+        run("cmake", "--install", build, "--prefix", self.destination)
 
     def get_outputs(self):
         built = getattr(self, "destination", ROOT / "lvtp" / "lib").rglob("*")
@@ -107,5 +111,5 @@ setup(
     ext_modules=[Extension("lvtp.lib.liblvtp", sources=[])],  # makes the wheel a platform wheel
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": StableAbiWheel},
     # Read as a dynamic build requirement: only a build that finds no torch anywhere fetches one.
-    setup_requires=[] if find_torch() or "clean" in sys.argv else ["torch>=2.10"],
+    setup_requires=[] if find_torch() or "clean" in sys.argv else [TORCH[1]],
 )

@@ -21,7 +21,6 @@ from torch import Tensor
 from lvtp import checks, chips, dlpack, reference, triton_kernels
 
 BACKENDS = ("auto", "native", "triton", "reference")
-TORCH_FLOOR = "2.10"
 OPS = reference.__all__
 
 _LIBRARIES = Path(__file__).with_name("lib")
@@ -30,24 +29,21 @@ _missing: dict[str, str] = {}  # backend -> why it is not here
 
 
 def _load_libraries() -> None:
-    wanted = tuple(int(part) for part in TORCH_FLOOR.split("."))
-    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < wanted:
-        raise ImportError(
-            f"lvtp needs torch >= {TORCH_FLOOR}, found torch {torch.__version__} in {Path(torch.__file__).parent}. "
-            f'Remedy: pip install --upgrade "torch>={TORCH_FLOOR}"'
-        )
     library = _LIBRARIES / f"liblvtp{_SUFFIX}"
     remedy = "Remedy: pip install --force-reinstall --no-deps lvtp (in a source tree: pip install -e .)"
     if not library.exists():
+        raise ImportError(f"lvtp's compiled library is missing: {library} does not exist. {remedy}")
+    wanted = _built()["torch_required"]
+    if tuple(map(int, torch.__version__.split(".")[:2])) < tuple(map(int, wanted.removeprefix(">=").split("."))):
         raise ImportError(
-            f"lvtp's compiled library is missing: {library} does not exist (torch >= {TORCH_FLOOR} is wanted, "
-            f"{torch.__version__} found). {remedy}"
+            f"lvtp needs torch {wanted}, found torch {torch.__version__} in {Path(torch.__file__).parent}. "
+            f'Remedy: pip install --upgrade "torch{wanted}"'
         )
     try:
         torch.ops.load_library(library)
     except OSError as error:
         raise ImportError(
-            f"lvtp's compiled library does not load ({error}). It wants torch >= {TORCH_FLOOR}; "
+            f"lvtp's compiled library does not load ({error}). It wants torch {wanted}; "
             f"found torch {torch.__version__}. {remedy}"
         ) from error
     _load_cuda_library(_LIBRARIES / f"liblvtp_cuda{_SUFFIX}")
@@ -185,8 +181,8 @@ def _triton_refuses(name: str, device: str) -> str:
 def build_info() -> dict:
     """What is installed and why the rest is not, as plain data.
 
-    "version", "torch", "python", "platform"; "compiler", "nvcc" and "cuda_architectures" of the build; "backends":
-    for native_cpu, native_cuda, triton and reference either "loaded" or the reason why not.
+    "version", "torch", "python", "platform"; "torch_required", "compiler", "nvcc" and "cuda_architectures" of the
+    build; "backends": for native_cpu, native_cuda, triton and reference either "loaded" or the reason why not.
     """
     from lvtp import __version__
 
@@ -194,7 +190,6 @@ def build_info() -> dict:
     return {
         "version": __version__,
         "torch": torch.__version__,
-        "torch_required": f">={TORCH_FLOOR}",
         "python": platform.python_version(),
         "platform": platform.platform(),
         **_built(),

@@ -27,7 +27,7 @@ fi
 
 if [ -z "${WHEEL:-}" ]; then
   rm -rf "$out/wheel"
-  CMAKE_ARGS="-DCMAKE_CUDA_COMPILER=NOTFOUND" $PYTHON -m pip wheel -q --no-build-isolation --no-deps -w "$out/wheel" .
+  CMAKE_ARGS="-DLVTP_CUDA=OFF" $PYTHON -m pip wheel -q --no-build-isolation --no-deps -w "$out/wheel" .
   WHEEL=$(echo "$out"/wheel/*.whl)
 fi
 rm -rf "$out/lvtp" && mkdir -p "$out"

@@ -48,7 +48,7 @@ static OptionalTensor tensor(const std::optional<ffi::AnyBuffer>& buffer) {
 
 template <class Stack>
 static void answer(const char* op, Stack stack, ffi::AnyBuffer out) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
   const auto picks = ready(torch::stable::detail::to<Tensor>(stack[0]));
   const auto* from = data<int64_t>(picks);
   std::copy(from, from + picks.numel(), static_cast<int32_t*>(out.untyped_data()));
