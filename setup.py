@@ -79,7 +79,7 @@ class CMakeBuild(build_ext):
             raise SystemExit(f"lvtp's build needs the headers of {TORCH[1]} and found none: pip install torch")
         in_place = self.inplace or self.editable_mode
         self.destination = (ROOT if in_place else Path(self.build_lib).resolve()) / "lvtp" / "lib"
-        # setuptools gives every editable build a new temporary folder; in one that stays, only what changed is compiled.
+        # Not setuptools' temporary folder, which is new every time: in one that stays, only what changed is compiled.
         build = ROOT / "build" / "editable" if in_place else Path(self.build_temp).resolve() / "cmake"
         configure = ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", f"-DLVTP_TORCH={torch}"]
         configure.append(f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}")  # an isolated build's moves at every build

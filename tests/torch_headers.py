@@ -2,9 +2,9 @@
 
     python tests/torch_headers.py 2.11.0 2.15.0     these, and the oldest that pyproject.toml allows
 
-The commands are those of the latest editable build (`make test` makes one). With an nvcc on the machine they include the
-CUDA launchers. The headers come from torch's wheel for macOS, a tenth of the size of the one for Linux; those of the
-stable ABI are the same in both. Prints a line for each version; the exit code is 1 if a file does not compile.
+The commands are those of the latest editable build (`make test` makes one). With an nvcc on the machine they include
+the CUDA launchers. The headers come from torch's wheel for macOS, a tenth of the size of the one for Linux; those of
+the stable ABI are the same in both. Prints a line for each version; the exit code is 1 if a file does not compile.
 """
 
 import json
@@ -16,6 +16,7 @@ import sys
 import tempfile
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -65,7 +66,7 @@ def main() -> int:
     for version in (f"{floor}.0", *sys.argv[1:]):
         include, wanted = headers(version), units()
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            errors = [error for error in pool.map(lambda unit: compile_unit(unit, include), wanted) if error]
+            errors = list(filter(None, pool.map(partial(compile_unit, include=include), wanted)))
         print(*errors, f"torch {version}: {len(wanted) - len(errors)} of {len(wanted)} files compile", sep="\n")
         failed += bool(errors)
     return min(failed, 1)
