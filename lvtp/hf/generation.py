@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from lvtp.hf.arguments import given, name_in, returned
 from lvtp.hf.rewrite import Pruned
 
 # Told by the function that cuts encoded images into chunks.
@@ -99,8 +100,8 @@ _CACHED_PROMPTS: WeakKeyDictionary[Cache, _CachedPrompt] = WeakKeyDictionary()
 
 
 def _cache_of(call: dict[str, Any], outputs: Tensor | ModelOutput) -> Cache | None:
-    cache = call.get("past_key_values")
-    return outputs.get("past_key_values") if cache is None and isinstance(outputs, ModelOutput) else cache
+    cache = given(call, "cache")
+    return returned(outputs, "cache") if cache is None and isinstance(outputs, ModelOutput) else cache
 
 
 def unpruned(original: Callable, call: dict[str, Any]) -> Tensor | ModelOutput:
@@ -125,13 +126,13 @@ def remember_cache(call: dict[str, Any], outputs: Tensor | ModelOutput, pruned: 
 
 def filled_cache(call: dict[str, Any]) -> Cache | None:
     """The key-value cache of an earlier turn that the call continues, if any."""
-    cache = call.get("past_key_values")
+    cache = given(call, "cache")
     return cache if cache is not None and cache.get_seq_length() > 0 else None
 
 
 def forget_emptied(call: dict[str, Any]) -> None:
     """A cache that is reset holds no pruned prompt any more."""
-    cache = call.get("past_key_values")
+    cache = given(call, "cache")
     if cache is not None and filled_cache(call) is None:
         _CACHED_PROMPTS.pop(cache, None)
 
@@ -141,8 +142,8 @@ def check_continued_prompt(call: dict[str, Any]) -> None:
     cache = filled_cache(call)
     if cache is not None and cache in _CACHED_PROMPTS and _CACHED_PROMPTS[cache].restored:
         raise ValueError(
-            "past_key_values holds a pruned prompt, but the sequences returned with it hold the original one, so the "
-            "two do not line up: generate the first turn with restore_prompt=False to continue from its cache"
+            f"{name_in(call, 'cache')} holds a pruned prompt, but the sequences returned with it hold the original one,"
+            " so they do not line up: generate the first turn with restore_prompt=False to continue from its cache"
         )
 
 
@@ -176,19 +177,19 @@ def continue_positions(
     # transformers cuts a mask that is too long, and reads the wrong end of it.
     if misfit and (pruned or (known is None and mask.shape[1] - length == removed)):
         raise ValueError(
-            f"attention_mask must have {length} columns, those of the pruned prompt in past_key_values and of the "
-            f"tokens after it, got {mask.shape[1]}"
+            f"attention_mask must have {length} columns, those of the pruned prompt in {name_in(call, 'cache')} and "
+            f"of the tokens after it, got {mask.shape[1]}"
         )
     if known is None and must_be_known:
         raise ValueError(
-            "position_ids must be given with positions='original' and a past_key_values that did not come from a "
-            "pruned generate: they go on from pruning.last.next_position"
+            f"position_ids must be given with positions='original' and a {name_in(call, 'cache')} that did not come "
+            "from a pruned generate: they go on from pruning.last.next_position"
         )
     if not pruned or not (from_latest or bool(known.skipped.any())):
         return call
     if prompt.shape[0] != known.skipped.shape[0]:
         raise ValueError(
-            f"input_ids must hold the {known.skipped.shape[0]} rows of past_key_values, got {prompt.shape[0]}"
+            f"input_ids must hold the {known.skipped.shape[0]} rows of {name_in(call, 'cache')}, got {prompt.shape[0]}"
         )
     if mask is None:
         mask = prompt.new_ones((prompt.shape[0], length), dtype=torch.long)

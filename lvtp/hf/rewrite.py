@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
+from lvtp.hf.arguments import given, name_in
 from lvtp.hf.families import family_of, unwrapped
 from lvtp.hf.family import Encoded, Family
 from lvtp.hf.options import Keep, Method, Options, Score
@@ -150,10 +151,10 @@ def check_call(call: dict[str, Any]) -> None:
         raise ValueError(
             "logits_to_keep must be an int when pruning, got a tensor (its indices are of the unpruned prompt)"
         )
-    cache = call.get("past_key_values")
+    cache = given(call, "cache")
     if cache is not None and cache.get_seq_length() > 0:
         raise ValueError(
-            f"past_key_values must be empty when pixels are given, got {int(cache.get_seq_length())} tokens: "
+            f"{name_in(call, 'cache')} must be empty when pixels are given, got {int(cache.get_seq_length())} tokens: "
             "images can be pruned in the first turn only"
         )
 

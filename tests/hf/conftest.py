@@ -1,4 +1,6 @@
 import pytest
+import transformers
+from packaging.version import Version
 
 from .members import MEMBERS
 
@@ -30,4 +32,15 @@ def case(request):
 @pytest.fixture(params=["single", "padded", "two_and_one", "text_only_row", "ragged"])
 def rows(request):
     """A batch that every family has."""
+    return request.param
+
+
+@pytest.fixture(params=["cache", "past_key_values"])
+def cache_name(request):
+    """Every name that the installed transformers takes a key-value cache under."""
+    installed = Version(transformers.__version__)
+    if request.param == "cache" and installed < Version("5.24"):
+        pytest.skip("transformers does not take it yet")
+    if request.param == "past_key_values" and installed >= Version("5.40"):
+        pytest.skip("transformers no longer takes it")
     return request.param

@@ -82,7 +82,7 @@ def test_second_turn_from_the_cache(member, rows, positions, only_new_ids):
 
 
 @pytest.mark.parametrize("positions", ["compact", "original"])
-def test_second_turn_of_several_sequences(member, positions):
+def test_second_turn_of_several_sequences(member, positions, cache_name):
     model, inputs = member.model, member.batch("ragged")
     text = torch.randint(2, 100, (6, 5), generator=torch.Generator().manual_seed(7))
     oracle = member.assemble(inputs, KEEP, positions).repeat(2)
@@ -93,48 +93,48 @@ def test_second_turn_of_several_sequences(member, positions):
         said = ids[:, oracle.mask.shape[1] :]
         mask = torch.cat([oracle.mask, torch.ones_like(said)], dim=1)
         two = model.generate(
-            input_ids=ids, attention_mask=mask, past_key_values=one.past_key_values, max_new_tokens=NEW
+            input_ids=ids, attention_mask=mask, **{cache_name: one.past_key_values}, max_new_tokens=NEW
         )
     oracle = oracle.read(model, said)
     assert torch.equal(two[:, -NEW:], oracle.greedy(model, NEW))
 
 
 @pytest.mark.parametrize("own_cache", [False, True])
-def test_second_turn_with_the_restored_prompt_raises(member, own_cache):
+def test_second_turn_with_the_restored_prompt_raises(member, own_cache, cache_name):
     model, inputs = member.model, member.batch("single")
     cache = DynamicCache() if own_cache else None
     with lvtp.hf.prune(model, keep=KEEP):
-        one = model.generate(**inputs, max_new_tokens=NEW, return_dict_in_generate=True, past_key_values=cache)
+        one = model.generate(**inputs, max_new_tokens=NEW, return_dict_in_generate=True, **{cache_name: cache})
         cache = one.past_key_values
         ids = torch.cat([one.sequences, one.sequences[:, -2:]], dim=1)
         with pytest.raises(ValueError, match="restore_prompt=False"):
-            model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache)
+            model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **{cache_name: cache})
 
 
-def test_a_cache_of_an_unpruned_prompt_goes_on(member):
+def test_a_cache_of_an_unpruned_prompt_goes_on(member, cache_name):
     model, inputs = member.model, member.batch("single")
 
     def two_turns():
         one = model.generate(**inputs, max_new_tokens=NEW, return_dict_in_generate=True)
         ids = torch.cat([one.sequences, one.sequences[:, -2:]], dim=1)
-        return model.generate(input_ids=ids, past_key_values=one.past_key_values, max_new_tokens=NEW)
+        return model.generate(input_ids=ids, **{cache_name: one.past_key_values}, max_new_tokens=NEW)
 
     wanted = two_turns()
     with lvtp.hf.prune(model, keep=member.everything):
         assert torch.equal(two_turns(), wanted)
 
 
-def test_a_reset_cache_starts_anew(member):
+def test_a_reset_cache_starts_anew(member, cache_name):
     model, inputs = member.model, member.batch("single")
     cache = StaticCache(model.config.get_text_config(), max_cache_len=64)
     with lvtp.hf.prune(model, keep=KEEP):
-        one = model.generate(**inputs, past_key_values=cache, max_new_tokens=NEW)
+        one = model.generate(**inputs, **{cache_name: cache}, max_new_tokens=NEW)
         cache.reset()
-        assert torch.equal(model.generate(**inputs, past_key_values=cache, max_new_tokens=NEW), one)
+        assert torch.equal(model.generate(**inputs, **{cache_name: cache}, max_new_tokens=NEW), one)
 
 
 @pytest.mark.parametrize("positions", ["compact", "original"])
-def test_a_later_forward_without_a_mask_counts_what_is_cached(member, positions):
+def test_a_later_forward_without_a_mask_counts_what_is_cached(member, positions, cache_name):
     model, inputs = member.model, member.batch("single")
     text = torch.randint(2, 100, (1, 4), generator=torch.Generator().manual_seed(3))
 
@@ -143,14 +143,14 @@ def test_a_later_forward_without_a_mask_counts_what_is_cached(member, positions)
         cached = one.past_key_values.get_seq_length()
         mask = {"attention_mask": torch.ones(1, cached + 4, dtype=torch.long)} if masked else {}
         with torch.no_grad():
-            return model(input_ids=text, past_key_values=one.past_key_values, **mask).logits
+            return model(input_ids=text, **{cache_name: one.past_key_values}, **mask).logits
 
     with lvtp.hf.prune(model, keep=KEEP, positions=positions, restore_prompt=False):
         torch.testing.assert_close(later(False), later(True), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("by_hand", [False, True])
-def test_the_mask_of_the_unpruned_prompt_raises_in_a_later_turn(member, by_hand):
+def test_the_mask_of_the_unpruned_prompt_raises_in_a_later_turn(member, by_hand, cache_name):
     """transformers would cut it and read the wrong end."""
     model, inputs = member.model, member.batch("single")
     with torch.no_grad(), lvtp.hf.prune(model, keep=KEEP, restore_prompt=False):
@@ -161,48 +161,48 @@ def test_the_mask_of_the_unpruned_prompt_raises_in_a_later_turn(member, by_hand)
         said = torch.tensor([[5]])
         mask = torch.ones(1, inputs["input_ids"].shape[1] + 1, dtype=torch.long)
         with pytest.raises(ValueError, match="attention_mask must have"):
-            model(input_ids=said, attention_mask=mask, past_key_values=cache)
+            model(input_ids=said, attention_mask=mask, **{cache_name: cache})
 
 
 @pytest.mark.parametrize("positions", ["compact", "original"])
-def test_a_reset_cache_forgets_the_pruned_prompt(member, positions):
+def test_a_reset_cache_forgets_the_pruned_prompt(member, positions, cache_name):
     model, inputs = member.model, member.batch("single")
     text = torch.randint(2, 100, (1, 6), generator=torch.Generator().manual_seed(4))
     cache = StaticCache(model.config.get_text_config(), max_cache_len=64)
 
     def two_turns():
-        one = model.generate(input_ids=text, past_key_values=cache, max_new_tokens=2)
-        return model.generate(input_ids=torch.cat([one, text], dim=1), past_key_values=cache, max_new_tokens=NEW)
+        one = model.generate(input_ids=text, **{cache_name: cache}, max_new_tokens=2)
+        return model.generate(input_ids=torch.cat([one, text], dim=1), **{cache_name: cache}, max_new_tokens=NEW)
 
     wanted = two_turns()
     cache.reset()
     with lvtp.hf.prune(model, keep=KEEP, positions=positions):
-        model.generate(**inputs, past_key_values=cache, max_new_tokens=1)
+        model.generate(**inputs, **{cache_name: cache}, max_new_tokens=1)
         cache.reset()
         assert torch.equal(two_turns(), wanted)
 
 
-def test_decoding_by_hand_with_original_positions(model):
+def test_decoding_by_hand_with_original_positions(model, cache_name):
     inputs = batch(model, *BATCHES["two_and_one"])
     wanted = assemble(model, inputs, KEEP, "original").greedy(model, 2)
     with torch.no_grad(), lvtp.hf.prune(model, keep=KEEP, positions="original") as pruning:
         out = model(**inputs)
         token = out.logits[:, -1].argmax(-1, keepdim=True)
         with pytest.raises(ValueError, match="position_ids"):
-            model(input_ids=token, past_key_values=out.past_key_values)
+            model(input_ids=token, **{cache_name: out.past_key_values})
         prepared = lvtp.hf.prepare(model, inputs, keep=KEEP)
         out = model(
             input_ids=token,
             attention_mask=torch.cat([prepared["attention_mask"], torch.ones_like(token)], dim=1),
             position_ids=pruning.last.next_position[:, None],
-            past_key_values=out.past_key_values,
+            **{cache_name: out.past_key_values},
         )
     assert torch.equal(torch.cat([token, out.logits[:, -1].argmax(-1, keepdim=True)], dim=1), wanted)
 
 
-def test_images_in_a_later_turn_raise(member):
+def test_images_in_a_later_turn_raise(member, cache_name):
     model, inputs = member.model, member.batch("single")
     with lvtp.hf.prune(model, keep=KEEP, restore_prompt=False):
         one = model.generate(**inputs, max_new_tokens=NEW, return_dict_in_generate=True)
-        with pytest.raises(ValueError, match="past_key_values must be empty"):
-            model.generate(**inputs, past_key_values=one.past_key_values)
+        with pytest.raises(ValueError, match=f"{cache_name} must be empty"):
+            model.generate(**inputs, **{cache_name: one.past_key_values})
