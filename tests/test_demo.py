@@ -14,7 +14,7 @@ from lvtp import cli
 np = pytest.importorskip("numpy")
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("matplotlib")
-pytest.importorskip("transformers")
+pytest.importorskip("lvtp.hf", exc_type=ImportError)  # which wants a transformers that is new enough
 
 from lvtp.demo import descriptors, loops, measure, model, photo, picture, run, table  # noqa: E402
 

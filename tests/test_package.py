@@ -147,3 +147,23 @@ def test_constraints_pin_everything_that_make_installs():
         if requirement.name != "lvtp":  # a further extra of ours
             (pin,) = pinned[canonicalize_name(requirement.name)]
             assert requirement.specifier.contains(pin.version), requirement
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("transformers-5.17.0.dist-info/METADATA", "Name: transformers\nVersion: 5.17.0\n", "found 5.17.0"),
+        ("transformers.py", "raise ModuleNotFoundError('it is not there')", "it is not there"),
+    ],
+    ids=["too old", "missing"],
+)
+def test_without_a_transformers_for_lvtp_hf_all_other_tests_run(tmp_path, file, content, said):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(content)
+    tests = [path for path in ROOT.glob("tests/**/test_*.py") if re.search("transformers|lvtp.hf", path.read_text())]
+    assert len(tests) > 10
+    collect = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--collect-only", "-q", "-rs", *tests]
+    report = run(*collect, ROOT / "tests" / "test_cpu.py", cwd=ROOT, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    skipped = re.findall(r"^SKIPPED \[\d+\] tests/(?:hf/conftest|test_demo).py:\d+: (.*)", report, re.M)
+    assert len(skipped) == 2
+    assert all(said in why for why in skipped)

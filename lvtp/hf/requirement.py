@@ -2,7 +2,8 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-# 5.18 takes pre-encoded images too, but mixes up the images of a prompt that has several under beam search.
+# 5.17 takes no encoded images (`mm_encoder_outputs`), so there is nothing to hand a pruned image to. 5.18 does, but
+# mixes up the images of a prompt that has several under beam search.
 MINIMUM = (5, 19)
 
 

@@ -2,13 +2,32 @@ import pytest
 import transformers
 from packaging.version import Version
 
-from .members import MEMBERS
+import lvtp
+
+try:
+    lvtp.hf  # noqa: B018  # importing it looks at transformers
+except ImportError as error:
+    MEMBERS, WITHOUT = [], str(error)
+else:
+    from .members import MEMBERS
+
+    WITHOUT = ""
 
 CASES = [
     pytest.param((member, variant), id="-".join([member.name, *variant.values()]))
     for member in MEMBERS
     for variant in member.variants
 ]
+
+
+class NotCollected(pytest.Module):
+    def collect(self):
+        pytest.skip(WITHOUT)
+
+
+def pytest_pycollect_makemodule(module_path, parent):
+    """Where lvtp.hf does not import, its test files are skipped with the reason instead of ending the whole run."""
+    return NotCollected.from_parent(parent, path=module_path) if WITHOUT else None
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,5 @@
-"""Runs the tests of lvtp.hf with other versions of transformers, each laid over the packages that are installed.
+"""Runs the tests of lvtp.hf with other versions of transformers, each laid over the packages that are installed,
+together with what that version itself needs.
 
     python tests/hf/versions.py 5.19.0 5.23.0 [arguments of pytest]
 
@@ -18,7 +19,7 @@ HERE = Path(__file__).parent
 def run(version: str, arguments: list[str]) -> bool:
     """Whether the tests pass; prints what pytest says last, after what failed."""
     with tempfile.TemporaryDirectory() as folder:
-        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder]
+        install = [sys.executable, "-m", "pip", "install", "--quiet", "--target", folder]
         subprocess.run([*install, f"transformers=={version}"], check=True)
         paths = [folder, *filter(None, [os.environ.get("PYTHONPATH")])]
         done = subprocess.run(
