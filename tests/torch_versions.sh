@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # One wheel under other torches: the operators' tests from Python, then the C++ example as it was built. liblvtp stays
-# the file it is; where the example, which is on torch's C++ API, does not run any more, it alone is built again.
+# the file it is; where the example, which is on torch's C++ API, does not run any more, it alone is built again. Then
+# liblvtp is built against that torch, too, beside the one of the wheel.
 #
 #   tests/torch_versions.sh 2.10.0 2.14.0                    torches that pip finds, installed into out/torches
 #   tests/torch_versions.sh /usr/lib/python3/dist-packages   the torch in a folder
@@ -80,4 +81,11 @@ print("== torch", torch.__version__, "Python", sys.version.split()[0], "" if gil
     echo "the C++ example had to be built again"
   fi
   [ "$(sha256sum "$library")" = "$before" ]
+  cmake -S . -B "$out/build-$(basename "$where")" -G Ninja -DLVTP_TORCH="$where/torch" -DLVTP_CUDA=OFF >/dev/null
+  cmake --build "$out/build-$(basename "$where")" >/dev/null
+  $PYTHON -P -c 'import sys, torch
+torch.ops.load_library(sys.argv[1])
+x = torch.randn(1, 9, 4)
+assert torch.ops.lvtp.id_selection(x, x[..., 0], 3).shape == (1, 3)' "$out/build-$(basename "$where")/$(basename "$library")"
+  echo "builds against it"
 done
