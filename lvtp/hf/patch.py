@@ -62,10 +62,10 @@ class Pruning:
             return self._continued(call)
         return self._rewritten(model, call)
 
-    def _rewritten(self, model: PreTrainedModel, call: dict[str, Any], **sides) -> dict[str, Any]:
+    def _rewritten(self, model: PreTrainedModel, call: dict[str, Any], **purpose) -> dict[str, Any]:
         given = "inputs_embeds" if call.get("input_ids") is None else "input_ids"
         before = call.get(given)
-        call, self.last = rewrite(model, self._family, call, self.options, **sides)
+        call, self.last = rewrite(model, self._family, call, self.options, **purpose)
         self._removed = before.shape[1] - call[given].shape[1]
         return call
 
@@ -88,7 +88,7 @@ class Pruning:
         generation.check_chunks(model, call)
         given = "inputs_embeds" if call.get("input_ids") is None else "input_ids"
         prompt = call.get(given)
-        call = self._rewritten(model, call, side="left")
+        call = self._rewritten(model, call, generating=True)
         if call[given] is prompt:  # everything was kept
             return generation.unpruned(original, call)
 

@@ -16,7 +16,7 @@ from lvtp.hf.family import Encoded, Family
 from lvtp.hf.options import Keep, Method, Options, Score
 from lvtp.hf.prompt import attention_of_the_last_token
 from lvtp.hf.selection import budgets, select
-from lvtp.hf.sequence import padding_side, real_tokens, shorten
+from lvtp.hf.sequence import laid_out, new_columns, real_tokens
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,9 @@ def prepare(
         model, method, keep, score, positions, scope, newline: see `prune`.
 
     Returns:
-        `input_ids` and all that runs along it, [B, S'], padded on the right if it was, else on the left.
+        `input_ids` and all that runs along it, [B, S']. As many columns of padding follow a prompt as before, so that
+        `logits[:, -n:]` are those of the same tokens; the rest of the padding is on the left. With `labels`, a batch
+        that is padded on the right alone is no wider than its longest prompt.
 
     Raises:
         TypeError, ValueError: see `prune`.
@@ -75,9 +77,9 @@ def has_pixels(family: Family, call: Mapping[str, Any]) -> bool:
 
 @torch.compiler.disable  # its shapes depend on the images
 def rewrite(
-    model: PreTrainedModel, family: Family, call: dict[str, Any], options: Options, side: str | None = None
+    model: PreTrainedModel, family: Family, call: dict[str, Any], options: Options, generating: bool = False
 ) -> tuple[dict[str, Any], Pruned]:
-    """Encodes the call's images, selects, shortens. `side`: where to pad; None follows the input."""
+    """Encodes the call's images, selects, shortens. `generating`: for `generate`, which takes padding on the left."""
     embedded = call.get("input_ids") is None
     call = with_ids(model, family, call)
     check_call(call)
@@ -109,7 +111,9 @@ def rewrite(
             next_position = shortened["position_ids"].amax(dim=-1).view(-1, len(real)).amax(dim=0) + 1
         elif call.get("position_ids") is not None:
             raise ValueError("position_ids must be left out with positions='compact'; positions='original' keeps them")
-        shortened = shorten(shortened, kept, side or padding_side(real), _pad_token_id(model, family))
+        # With labels, the loss is the model's and nobody counts columns of the logits from the end.
+        places = new_columns(real, kept, left=generating, tight=call.get("labels") is not None)
+        shortened = laid_out(shortened, kept, places, _pad_token_id(model, family))
         shortened = family.place(model, shortened, next_position)
         shortened = {name: value for name, value in shortened.items() if name not in arguments}
     shortened["mm_encoder_outputs"] = encoder_outputs

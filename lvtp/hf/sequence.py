@@ -1,4 +1,4 @@
-"""Shortening a padded batch of prompts: pure tensor functions, no model."""
+"""Prompts as rows of tensors: which columns are tokens, and the same tokens laid out anew. No model."""
 
 from typing import Any
 
@@ -25,38 +25,62 @@ def real_tokens(call: dict[str, Any]) -> Tensor:
     return mask.to(ids.device).bool()
 
 
-def padding_side(real: Tensor) -> str:
-    """The side the batch is padded on; "left", which generation needs, if it is not padded on the right."""
-    return "right" if not bool(real[:, -1].all()) and bool(real[:, 0].all()) else "left"
+def spanned(real: Tensor) -> Tensor:
+    """bool [B, S]: the columns from the first token of each row to its last, with the masked ones between them."""
+    before, after = real.cumsum(dim=1), real.flip(1).cumsum(dim=1).flip(1)
+    return (before > 0) & (after > 0)
 
 
-def shorten(call: dict[str, Any], kept: Tensor, side: str, pad_token_id: int) -> dict[str, Any]:
-    """The call with only the `kept` [B, S] tokens in every [B, S] tensor, padded again on `side` to [B, S'].
+def numbered(columns: Tensor) -> Tensor:
+    """int64 [B, S]: the columns that are True numbered from 0 in every row; the others have the number before them."""
+    return (columns.long().cumsum(dim=1) - 1).clamp(min=0)
 
-    Raises ValueError for a tensor that runs along the prompt and is not known: it would silently stop fitting.
+
+def new_columns(real: Tensor, stay: Tensor, *, left: bool, tight: bool) -> Tensor:
+    """Where the tokens of a shortened batch lie: bool [B, S'], with as many columns in each row as `stay` [B, S].
+
+    Padding after the last of the `real` tokens [B, S] stays as wide as it was, so that the last columns of the logits
+    belong to the same tokens as before.
+
+    Args:
+        left: pad on the left alone, as `generate` needs.
+        tight: nobody counts columns from the end: a batch that is padded on the right alone may be as narrow as its
+            longest row.
+    """
+    lengths = stay.sum(dim=1, keepdim=True)  # [B, 1]
+    after = (real.flip(1).cumsum(dim=1) == 0).sum(dim=1, keepdim=True) * (lengths > 0)
+    if tight and bool(real[:, 0].all()):
+        after = lengths.max() - lengths
+    if left:
+        after = torch.zeros_like(lengths)
+    width = int((lengths + after).max())
+    column = torch.arange(width, device=real.device)
+    return (column >= width - after - lengths) & (column < width - after)
+
+
+def laid_out(call: dict[str, Any], taken: Tensor, places: Tensor, pad_token_id: int) -> dict[str, Any]:
+    """The call with the `taken` tokens, bool [B, S], of every tensor along its prompts at `places`, bool [B', S'].
+
+    Both in reading order, row after row. Raises ValueError for a tensor that runs along the prompts and is not known:
+    it would silently stop fitting.
     """
     ids = call["input_ids"]
-    lengths = kept.sum(dim=1, keepdim=True)  # [B, 1]
-    width = int(lengths.max())
-    column = torch.arange(width, device=ids.device)
-    filled = column < lengths if side == "right" else column >= width - lengths  # [B, S']
-
     fills = {"input_ids": pad_token_id, **_PADDING}
-    shortened = dict(call)
+    changed = dict(call)
     for name, value in call.items():
         if not isinstance(value, Tensor) or name in _INDEPENDENT:
             continue
         along = value.shape == ids.shape or (name == "position_ids" and value.shape[1:] == ids.shape)  # [axes, B, S]
         if name in fills and along:
-            new = value.new_full((*value.shape[:-2], *filled.shape), fills[name])
-            new[..., filled.to(value.device)] = value[..., kept.to(value.device)]
-            shortened[name] = new
+            new = value.new_full((*value.shape[:-2], *places.shape), fills[name])
+            new[..., places.to(value.device)] = value[..., taken.to(value.device)]
+            changed[name] = new
         elif name == "inputs_embeds":  # [B, S, D]
-            shortened[name] = value.new_zeros(*filled.shape, value.shape[-1])
-            shortened[name][filled.to(value.device)] = value[kept.to(value.device)]
+            changed[name] = value.new_zeros(*places.shape, value.shape[-1])
+            changed[name][places.to(value.device)] = value[taken.to(value.device)]
         elif ids.shape[1] in value.shape[:2]:
             raise ValueError(
                 f"{name} of shape {list(value.shape)} runs along the prompt, and pruning cannot shorten it; "
                 f"it shortens {', '.join(fills)} of shape {list(ids.shape)}"
             )
-    return shortened
+    return changed
