@@ -57,7 +57,7 @@ def keep_tokens(tower, pixels, args) -> tuple[torch.Tensor, torch.Tensor]:
     else:  # SigLIP
         importance = received_attention(tap.query, tap.key)
     indices = getattr(lvtp, args.method)(features, importance, args.keep)
-    return features.gather(1, indices[..., None].expand(-1, -1, features.shape[-1])), indices
+    return lvtp.take(features, indices)[0], indices
 
 
 def write(file: Path, content: bytes) -> None:

@@ -1,6 +1,7 @@
 """lvtp: visual-token selectors for vision-language models as fast, exact, deterministic torch ops.
 
     keep = lvtp.id_selection(features, importance, k=64)         # [B, 576, 1024], [B, 576] -> int64 [B, 64]
+    tokens, valid = lvtp.take(features, keep)                    # [B, 64, 1024], bool [B, 64]
     with lvtp.hf.prune(model, keep=64):                          # any LLaVA of transformers
         model.generate(**inputs)
 
@@ -23,7 +24,7 @@ from lvtp.ops import (
     psca,
     use_backend,
 )
-from lvtp.select import id_selection, prune_sid
+from lvtp.select import id_selection, prune_sid, take
 
 __version__ = version("lvtp")
 
@@ -39,6 +40,7 @@ __all__ = [
     "prune_sid",
     "psca",
     "reference",
+    "take",
     "use_backend",
 ]
 

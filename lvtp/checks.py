@@ -5,7 +5,9 @@ kernels run the same ones. A failed one raises `RuntimeError`, as torch's own op
 the stable ABI can throw nothing else, and what a caller catches must not depend on where a tensor lives.
 """
 
+import contextlib
 import math
+import operator
 
 import torch
 from torch import Tensor
@@ -20,6 +22,10 @@ def _fail_unless(ok, op: str, argument: str, takes: str, got) -> None:
     torch._check(ok, lambda: f"{op}: {argument} must be {takes}, got {f'{got:g}' if isinstance(got, float) else got}")
 
 
+def _fail(op: str, argument: str, takes: str, got) -> None:
+    _fail_unless(False, op, argument, takes, got)
+
+
 def _shape(t: Tensor) -> str:
     return "[" + ", ".join(str(s) for s in t.shape) + "]"
 
@@ -28,7 +34,13 @@ def _dtype(t: Tensor) -> str:
     return str(t.dtype).removeprefix("torch.")
 
 
+def check_dense(op: str, name: str, t: Tensor) -> None:
+    """No twin in C++: the dispatcher hands what is not dense to the reference."""
+    _fail_unless(t.layout == torch.strided, op, name, "a dense tensor", str(t.layout).removeprefix("torch."))
+
+
 def check_features(op: str, features: Tensor) -> None:
+    check_dense(op, "features", features)
     _fail_unless(features.dim() == 3, op, "features", "a [B, N, D] tensor", f"shape {_shape(features)}")
     _fail_unless(features.dtype in FEATURE_DTYPES, op, "features", "float32, float16 or bfloat16", _dtype(features))
     _fail_unless(features.shape[1] >= 1, op, "features", "a tensor of at least one token (N >= 1)", _shape(features))
@@ -37,6 +49,7 @@ def check_features(op: str, features: Tensor) -> None:
 
 def check_scores(op: str, name: str, scores: Tensor) -> None:
     """[B, N] of any floating dtype, when it is the argument that defines B and N."""
+    check_dense(op, name, scores)
     _fail_unless(scores.dim() == 2, op, name, "a [B, N] tensor", f"shape {_shape(scores)}")
     _fail_unless(scores.dtype in FLOAT_DTYPES, op, name, "a floating-point tensor", _dtype(scores))
     _fail_unless(scores.shape[1] >= 1, op, name, "a tensor of at least one token (N >= 1)", _shape(scores))
@@ -44,6 +57,7 @@ def check_scores(op: str, name: str, scores: Tensor) -> None:
 
 def check_companion(op: str, name: str, t: Tensor, like: Tensor, shape: tuple, kind: str) -> None:
     """A tensor whose shape and device follow another's. `kind`: "float", "int64" or "bool"."""
+    check_dense(op, name, t)
     wanted = "[" + ", ".join(str(s) for s in shape) + "]"
     _fail_unless(
         t.dim() == len(shape) and all(a == b for a, b in zip(t.shape, shape, strict=True)),
@@ -78,7 +92,44 @@ def check_center(op: str, center: str) -> None:
     _fail_unless(center in CENTERS, op, "center", '"feature" or "token"', f'"{center}"')
 
 
-# One function an operator: what `csrc/checks.h` does for the compiled kernels, in the same order.
+# Python's own kinds. The dispatcher holds compiled kernels to them, so these have no twin.
+
+
+def count(op: str, name: str, value):
+    """A count, by its `__index__`: NumPy's integers count, True and 5.0 do not."""
+    if type(value) is int or isinstance(value, torch.SymInt):
+        return value
+    # Reading a tensor of another device would wait for it.
+    if not isinstance(value, bool) and not (isinstance(value, Tensor) and value.device.type != "cpu"):
+        with contextlib.suppress(TypeError):
+            return operator.index(value)
+    raise TypeError(f"{op}: {name} must be an integer, got {_kind(value)}")
+
+
+def number(op: str, name: str, value):
+    """A real number: Python's, NumPy's, or an array of one."""
+    if type(value) in (float, int) or isinstance(value, torch.SymFloat | torch.SymInt):
+        return value
+    if hasattr(value, "__float__") and not isinstance(value, bool) and not getattr(value, "shape", ()):
+        return float(value)
+    raise TypeError(f"{op}: {name} must be a number, got {_kind(value)}")
+
+
+def text(op: str, name: str, value) -> str:
+    if isinstance(value, str):
+        return value
+    raise TypeError(f"{op}: {name} must be a string, got {_kind(value)}")
+
+
+def _kind(value) -> str:
+    if value is None or isinstance(value, bool | float):
+        return repr(value)
+    if isinstance(value, Tensor):
+        return f"a tensor of {_dtype(value)}, shape {_shape(value)}, on {value.device}"
+    return type(value).__name__
+
+
+# One function an operator: what `csrc/checks.h` does for the compiled kernels, in the same order. And one for `take`.
 
 
 def cosine_similarity(features: Tensor) -> None:
@@ -159,3 +210,20 @@ def dynamic_budget(features: Tensor, total: int, minimum: int = 1) -> None:
     check_count(op, "minimum", minimum, 0, features.shape[1])
     b, n = features.shape[0], features.shape[1]
     check_count(op, "total", total, b * minimum, b * n)
+
+
+def take(features: Tensor, keep: Tensor) -> None:
+    """Traced into its caller's graph, where a size has no text: messages are made for failures alone."""
+    for name, t in (("features", features), ("keep", keep)):
+        if t.layout != torch.strided:
+            check_dense("take", name, t)
+    if features.dim() != 3:
+        _fail("take", "features", "a [B, N, D] tensor", f"shape {_shape(features)}")
+    if keep.dim() != 2:
+        _fail("take", "keep", "a [B, k] tensor", f"shape {_shape(keep)}")
+    if keep.dtype not in (torch.int64, torch.int32):
+        _fail("take", "keep", "int64 or int32", _dtype(keep))
+    if keep.shape[0] != features.shape[0]:
+        _fail("take", "keep", f"a [B, k] tensor for the {features.shape[0]} images of features", _shape(keep))
+    if keep.device != features.device:
+        _fail("take", "keep", f"on {features.device}", f"{keep.device}")

@@ -11,7 +11,7 @@ import torch
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
-from lvtp.ops import OVERLOADS
+from lvtp import reference
 
 
 def _rule(op: torch._ops.OpOverload):
@@ -31,8 +31,8 @@ def _rule(op: torch._ops.OpOverload):
     return rule
 
 
-for _name in OVERLOADS:
-    _packet, _, _overload = _name.partition(".")
-    for _namespace in (torch.ops.lvtp, torch.ops.lvtp_triton):
-        _op = getattr(getattr(_namespace, _packet), _overload or "default")
-        register_sharding(_op)(_rule(_op))
+for _namespace in (torch.ops.lvtp, torch.ops.lvtp_triton):
+    for _name in reference.__all__:
+        for _overload in getattr(_namespace, _name).overloads():
+            _op = getattr(getattr(_namespace, _name), _overload)
+            register_sharding(_op)(_rule(_op))

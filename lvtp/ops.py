@@ -6,19 +6,19 @@ the package (`lvtp.id_selection`, ...) call those, unless `use_backend` asks for
 
 import contextlib
 import functools
-import importlib
 import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lvtp import checks, chips, dlpack, reference, triton_kernels
+from lvtp import arguments, checks, chips, dlpack, reference, triton_kernels
+from lvtp.arguments import constant_when_traced
 
 BACKENDS = ("auto", "native", "triton", "reference")
 OPS = reference.__all__
@@ -103,17 +103,11 @@ def _known(backend: str, source: str) -> str:
     return backend
 
 
-def _constant_when_traced(function: Callable) -> Callable:
-    """`torch.compiler.assume_constant_result`, all that it does, without importing torch._dynamo and Triton (0.8 s)."""
-    function._dynamo_marked_constant = True
-    return function
-
-
 _default_backend = _known(os.environ.get("LVTP_BACKEND") or "auto", "LVTP_BACKEND")
 _backend: ContextVar[str] = ContextVar("lvtp_backend", default=_default_backend)
 
 
-@_constant_when_traced  # a compiled function keeps the backend in force when it was traced
+@constant_when_traced  # a compiled function keeps the backend in force when it was traced
 def _backend_in_force() -> str:
     return _backend.get()
 
@@ -137,14 +131,16 @@ def use_backend(backend: str) -> Iterator[None]:
 
 
 def call(name: str, *args, overload: str = "default"):
-    """Run operator `name` on the backend in force."""
-    if len(args) > 1 and hasattr(args[1], "__dlpack__") and not isinstance(args[1], Tensor):
-        return dlpack.in_kind(call, name, args, overload)
-    if type(args[0]) is not Tensor:
-        if not isinstance(args[0], Tensor):
-            return dlpack.in_kind(call, name, args, overload)
-        if type(args[0]).__module__ == "torch.distributed.tensor":
-            importlib.import_module("lvtp.distributed")
+    """Run operator `name` on the backend in force, on tensors or on other libraries' arrays."""
+    takes = _ARGUMENTS[name, overload]
+    for value, argument in zip(args, takes, strict=False):
+        if type(value) not in argument.types:
+            ready = [argument.ready(value) for value, argument in zip(args, takes, strict=False)]
+            return dlpack.in_kind(_run(name, ready, overload), args[0])
+    return _run(name, args, overload)
+
+
+def _run(name: str, args: Sequence, overload: str):
     backend = _backend_in_force()
     if backend == "reference":
         return getattr(reference, name)(*args)
@@ -161,12 +157,12 @@ def call(name: str, *args, overload: str = "default"):
     return getattr(getattr(torch.ops.lvtp, name), overload)(*args)
 
 
-@_constant_when_traced
+@constant_when_traced
 def _has_kernel(name: str, device: str) -> bool:
     return device == "cpu" or (device == "cuda" and name in _compiled_for_cuda)
 
 
-@_constant_when_traced
+@constant_when_traced
 def _triton_refuses(name: str, device: str) -> str:
     """Why Triton cannot run this operator on this kind of device; empty if it can."""
     if name not in triton_kernels.OPERATORS:
@@ -202,6 +198,11 @@ def build_info() -> dict:
 # -------------------------------------------------------------------- what every device and every tracer falls back to
 
 OVERLOADS = (*OPS, "cluster_nms.per_image")
+_ARGUMENTS = {
+    (name, overload): arguments.of(getattr(getattr(torch.ops.lvtp, name), overload))
+    for name in OPS
+    for overload in getattr(torch.ops.lvtp, name).overloads()
+}
 _fallback = torch.library.Library("lvtp", "FRAGMENT")
 for _name in OVERLOADS:
     _fallback.impl(_name, getattr(reference, _name.split(".")[0]), "CompositeExplicitAutograd")
@@ -308,7 +309,7 @@ def _refuse_backward(name: str, instead: str) -> None:
         torch.library.register_autograd(f"{namespace}::{name}", backward)
 
 
-# Indices carry no gradient, so the selectors need no word here: gather the features with them, and it flows.
+# Indices carry no gradient, so the selectors need no word here: `take` the features with them, and it flows.
 _refuse_backward("cosine_similarity", "detach its argument, or use lvtp.reference.cosine_similarity, which is")
 _refuse_backward("mean_similarity", "detach its argument, or use lvtp.reference.mean_similarity, which is")
 _refuse_backward("psca", "groups are a choice, not a function of the features; detach its argument")
@@ -397,9 +398,9 @@ def cluster_nms(
     Raises:
         RuntimeError: an argument of another rank, shape, dtype or device; on the CPU also a label below 0.
     """
-    if isinstance(threshold, Tensor) or getattr(threshold, "ndim", 0):
-        return call("cluster_nms", scores, labels, similarity, threshold, mask, overload="per_image")
-    return call("cluster_nms", scores, labels, similarity, float(threshold), mask)
+    per_image = isinstance(threshold, Tensor) or getattr(threshold, "ndim", 0)
+    overload = "per_image" if per_image else "default"
+    return call("cluster_nms", scores, labels, similarity, threshold, mask, overload=overload)
 
 
 def psca(features: Tensor, groups: int, center: str = "feature") -> tuple[Tensor, Tensor]:

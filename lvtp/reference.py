@@ -7,12 +7,15 @@ component, drops near-duplicates inside each group, and gives every group its sh
 Everything is batched, runs on any device, is deterministic and never waits for a GPU: no value is read back, except
 that CPU labels are range-checked. Shapes: B images, N tokens, D features, G groups. Ties always go to the lowest index,
 which `torch.max` and stable sorts guarantee. B = 0 gives an empty result. A bad argument raises `RuntimeError`, by the
-function of the same name in `lvtp.checks`, which states what each one takes.
+function of the same name in `lvtp.checks`, which states what each one takes; a count that is no integer, `TypeError`.
 """
+
+import contextlib
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from lvtp import checks
 
@@ -50,7 +53,8 @@ def cosine_similarity(features: Tensor) -> Tensor:
     checks.cosine_similarity(features)
     x = _directions(features)
     # Autocast would round both operands to half precision. TF32 stays what torch's own switch says: off by default.
-    with torch.autocast(x.device.type, enabled=False):
+    device = x.device.type
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else contextlib.nullcontext():
         return x @ x.mT
 
 
@@ -94,6 +98,8 @@ def greedy_suppression(
     +-2^100; a NaN one is picked after every other. In the similarity NaN counts as 0, +Inf as 1 and -Inf as -1.
     `mask` bool [B, N] (False = padding): an image with fewer than k real tokens gets -1 after its last pick.
     """
+    k = checks.count("greedy_suppression", "k", k)
+    gamma = checks.number("greedy_suppression", "gamma", gamma)
     checks.greedy_suppression(scores, similarity, k, gamma, mask)
     s = scores.float().clamp(-SCORE_LIMIT, SCORE_LIMIT).nan_to_num(nan=NAN_SCORE)
     s = torch.where(_real(mask, s), s, -torch.inf)  # -Inf marks padding and taken tokens; nothing else reaches it
@@ -121,6 +127,8 @@ def id_selection(
     each image, step 2 is `greedy_suppression` on the cosine similarity of features [B, N, D]. `mask` bool [B, N]
     (False = padding): an image with fewer than k real tokens gets -1 after its last pick.
     """
+    k = checks.count("id_selection", "k", k)
+    gamma = checks.number("id_selection", "gamma", gamma)
     checks.id_selection(features, importance, k, gamma, mask)
     return greedy_suppression(_scaled(importance, mask), cosine_similarity(features), k, gamma, mask)
 
@@ -154,6 +162,7 @@ def psca(features: Tensor, groups: int, center: str = "feature") -> tuple[Tensor
     tokens (the paper). A token with a non-finite feature has no part in either: group 0, loading 0. Neither has one
     that is all zero once centred.
     """
+    groups = checks.count("psca", "groups", groups)
     checks.psca(features, groups, center)
     return _psca(features, groups, center, None)
 
@@ -204,7 +213,7 @@ def cluster_nms(
     _check_labels("cluster_nms", labels, mask)
     s = scores.float()
     if not isinstance(threshold, Tensor):
-        threshold = torch.full_like(s[:, 0], threshold, dtype=torch.float64)
+        threshold = torch.full_like(s[:, 0], checks.number("cluster_nms", "threshold", threshold), dtype=torch.float64)
     tau = threshold.float()[:, None]
     image = torch.arange(s.shape[0], device=s.device)
     kept = (s > 0) & _real(mask, s)  # loses every token that a better one suppresses; final once its turn is over
@@ -223,8 +232,8 @@ def _by_score(scores: Tensor) -> Tensor:
 
 
 def _check_labels(op: str, labels: Tensor, mask: Tensor | None, groups: int | None = None) -> None:
-    """The one check that reads values: on the CPU only, and not those of padding."""
-    if labels.device.type == "cpu":
+    """The one check that reads values: on the CPU only, where there are any, and not those of padding."""
+    if labels.device.type == "cpu" and type(labels) is Tensor and not is_functorch_wrapped_tensor(labels):
         seen = labels[_real(mask, labels)]
         wrong = seen[(seen < 0) | (seen >= groups)] if groups else seen[seen < 0]
         if wrong.numel() > 0:
@@ -248,6 +257,8 @@ def prune_sid(
     instead of `psca`; off the CPU labels beyond that range count as the nearest group. `mask` bool [B, N] (False =
     padding): an image with fewer than n - reserved real tokens ends in -1.
     """
+    n = checks.count("prune_sid", "n", n)
+    reserved = checks.count("prune_sid", "reserved", reserved)
     checks.prune_sid(features, importance, n, reserved, center, labels, mask)
     tokens = features.shape[1]
     groups = max(1, min(n // 4, tokens))
@@ -332,6 +343,8 @@ def dynamic_budget(features: Tensor, total: int, minimum: int = 1) -> Tensor:
     Shares are proportional to phi = 1 - rho, how little the image repeats itself, between `minimum` and N. Seats that
     rounding down leaves over go to the largest remainders below N (ties: lowest index).
     """
+    total = checks.count("dynamic_budget", "total", total)
+    minimum = checks.count("dynamic_budget", "minimum", minimum)
     checks.dynamic_budget(features, total, minimum)
     return shares(mean_similarity(features), features.shape[1], total, minimum)
 

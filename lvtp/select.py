@@ -1,7 +1,9 @@
-"""The two selectors: features in, indices of the tokens to keep out."""
+"""The two selectors: features in, indices of the tokens to keep out. `take` gives the tokens themselves."""
 
+import torch
 from torch import Tensor
 
+from lvtp import checks, dlpack
 from lvtp.ops import call
 
 
@@ -23,7 +25,7 @@ def id_selection(
 
     Returns:
         int64 [B, k] in pick order: the first j are the answer for that smaller j. -1 after the last pick of an image
-        with fewer than k real tokens. Indices carry no gradient; gather the features with them, and it flows.
+        with fewer than k real tokens. Indices carry no gradient; `take` the features with them, and it flows.
 
     Raises:
         RuntimeError: an argument of another rank, shape, dtype or device, or out of range; it names the argument.
@@ -58,9 +60,34 @@ def prune_sid(
 
     Returns:
         int64 [B, min(n - reserved, N)], ascending; -1 at the end where an image has fewer real tokens. Indices carry
-        no gradient; gather the features with them, and it flows.
+        no gradient; `take` the features with them, and it flows.
 
     Raises:
         RuntimeError: an argument of another rank, shape, dtype or device, or out of range; it names the argument.
     """
     return call("prune_sid", features, importance, n, reserved, center, labels, mask)
+
+
+def take(features: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens that a selector chose. Where its answer is -1, the image had no token left: zeros there.
+
+    Plain PyTorch on every device and backend: it never waits for a GPU, traces under `torch.compile(fullgraph=True)`,
+    and gradients flow to the tokens taken.
+
+    Args:
+        features: [B, N, D] of any dtype.
+        keep: int64 or int32 [B, k], each in [0, N) or -1; the answer of a selector.
+
+    Returns:
+        tokens [B, k, D] of the features' dtype, in the order of `keep`, zeros where it is -1; and valid, bool [B, k],
+        False there.
+
+    Raises:
+        RuntimeError: an argument of another rank, dtype, batch or device; it names the argument. Any other index is an
+            error of `torch.gather`, which on a GPU is a device-side assertion.
+    """
+    x, places = dlpack.tensor(features, "take", "features"), dlpack.tensor(keep, "take", "keep")
+    checks.take(x, places)
+    valid = places != -1
+    index = torch.where(valid, places, 0).long()[..., None].expand(-1, -1, x.shape[-1])
+    return dlpack.in_kind((x.gather(1, index).masked_fill(~valid[..., None], 0), valid), like=features)

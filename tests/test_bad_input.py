@@ -153,6 +153,8 @@ CALLERS = ("triton",) if INTERPRETED else ("native", "reference", "triton", "tor
 def caller(name, op):
     if name == "torch.ops":
         return getattr(torch.ops.lvtp, op), contextlib.nullcontext()
+    if name == "lvtp.reference":
+        return getattr(lvtp.reference, op), contextlib.nullcontext()
     return getattr(lvtp, op), lvtp.use_backend(name)
 
 
@@ -199,6 +201,32 @@ def test_label_out_of_range(name, op, value, takes):
     function, backend = caller(name, op)
     with backend:
         function(*arguments.values())
+
+
+COUNTS = ["greedy_suppression-k", "psca-groups", "id_selection-k", "prune_sid-n", "prune_sid-reserved",
+          "dynamic_budget-total", "dynamic_budget-minimum"]  # fmt: skip
+
+
+NO_INTEGERS = [2.7, 2.0, True, None, "2", torch.tensor(2.0), torch.tensor(2, device="meta")]
+
+
+@pytest.mark.parametrize("name", ["native", "reference", "lvtp.reference"])
+@pytest.mark.parametrize("value", NO_INTEGERS, ids=str)
+@pytest.mark.parametrize("count", COUNTS)
+def test_a_count_is_an_integer(name, count, value):
+    op, _, argument = count.partition("-")
+    function, held = caller(name, op)
+    with held, pytest.raises(TypeError, match=f"^{op}: {argument} must be an integer, got"):
+        function(*{**valid(op, "cpu"), argument: value}.values())
+
+
+@pytest.mark.parametrize("name", [name for name in CALLERS if name != "triton"])
+@pytest.mark.parametrize("op", TABLE)
+def test_sparse_tensors_are_refused_by_name(name, op):
+    arguments = valid(op, "cpu")
+    for argument, t in arguments.items():
+        if torch.is_tensor(t):
+            assert_raises(name, op, {**arguments, argument: t.to_sparse()}, argument, "a dense tensor", "sparse_coo")
 
 
 @pytest.mark.gpu

@@ -74,14 +74,69 @@ def test_a_library_without_the_array_api_answers_by_its_own_from_dlpack(monkeypa
     assert torch.equal(got.t, lvtp.id_selection(features, importance, 5))
 
 
-def test_what_is_no_array_is_refused_by_name():
-    features, importance = inputs(2, 24)
-    with pytest.raises(TypeError, match=r"id_selection: features must be a torch.Tensor or .*__dlpack__, got list"):
-        lvtp.id_selection(features.tolist(), importance, 5)
-    with pytest.raises(TypeError, match=r"id_selection: importance must be .* got list"):
-        lvtp.id_selection(features.numpy(), importance.tolist(), 5)
-    with pytest.raises(RuntimeError, match=r"id_selection: features must be float32, .* got float64"):
-        lvtp.id_selection(features.double().numpy(), importance, 5)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_an_array_in_any_place_beside_tensors(name):
+    args = example(name)
+    function = getattr(lvtp, name.partition(".")[0])
+    want = function(*args)
+    for place in (i for i, a in enumerate(args) if isinstance(a, torch.Tensor)):
+        got = function(*(to_numpy(a) if i == place else a for i, a in enumerate(args)))
+        for g, w in zip(*((r if isinstance(r, tuple) else (r,)) for r in (got, want)), strict=True):
+            assert type(g) is (torch.Tensor if place else np.ndarray)
+            assert np.array_equal(g, w)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_counts_and_numbers_of_numpy(backend):
+    x, s = inputs(2, 24)
+    labels, similarity = torch.zeros(2, 24, dtype=torch.int64), lvtp.cosine_similarity(x)
+    for i, f in [(np.int64, np.float32), (np.uint8, np.float64), (np.array, np.array)]:
+        calls = [
+            ("id_selection", (x, s), (5, 7.0), (i(5), f(7.0))),
+            ("prune_sid", (x, s), (12, 1), (i(12), i(1))),
+            ("greedy_suppression", (s, similarity), (5, 7.0), (i(5), f(7.0))),
+            ("cluster_nms", (s, labels, similarity), (0.5,), (f(0.5),)),
+            ("psca", (x,), (4,), (i(4),)),
+            ("dynamic_budget", (x,), (20, 2), (i(20), i(2))),
+        ]
+        for name, tensors, python, numpy in calls:
+            want = getattr(lvtp, name)(*tensors, *python)
+            with lvtp.use_backend(backend):
+                torch.testing.assert_close(getattr(lvtp, name)(*tensors, *numpy), want, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(getattr(lvtp.reference, name)(*tensors, *numpy), want, rtol=1e-5, atol=1e-5)
+
+
+X, S = np.ones((2, 6, 4), np.float32), np.ones((2, 6), np.float32)
+NO_ARRAYS = [
+    ("id_selection", "features", (X.tolist(), S, 2), TypeError, "got list"),
+    ("id_selection", "features", (None, S, 2), TypeError, "got NoneType"),
+    ("id_selection", "importance", (X, S.tolist(), 2), TypeError, "got list"),
+    ("id_selection", "importance", (torch.ones(2, 6, 4), S.tolist(), 2), TypeError, "got list"),
+    ("id_selection", "importance", (torch.ones(2, 6, 4), None, 2), TypeError, "got NoneType"),
+    ("id_selection", "mask", (X, S, 2, 20.0, (S > 0).tolist()), TypeError, "got list"),
+    ("id_selection", "importance", (X, S.astype(object), 2), ValueError, "got ndarray of dtype dtype('O')"),
+    ("id_selection", "features", (X.astype(">f4"), S, 2), ValueError, "got ndarray of dtype dtype('>f4')"),
+    ("id_selection", "features", (X[:, ::-1], S, 2), ValueError, "got strides"),
+    ("id_selection", "importance", (X, S[:, ::-1], 2), ValueError, "got strides"),
+    ("id_selection", "importance", (X, np.ma.array(S, mask=S > 0), 2), TypeError, "got a masked array: pass its .data"),
+    ("id_selection", "features", (torch.nested.nested_tensor([torch.ones(6, 4)] * 2, layout=torch.jagged), S, 2),
+     RuntimeError, "a dense tensor, got jagged"),
+    ("cluster_nms", "threshold", (S, S.astype(int), X @ X.mT, [0.5, 0.5]), TypeError, "a number, got list"),
+    ("cluster_nms", "threshold", (S, S.astype(int), X @ X.mT, None), TypeError, "a number, got None"),
+    ("id_selection", "gamma", (X, S, 2, "20"), TypeError, "a number, got str"),
+    ("psca", "center", (X, 2, None), TypeError, "a string, got None"),
+    ("take", "keep", (X, [[1, 2], [3, 4]]), TypeError, "got list"),
+    ("take", "features", (np.ma.array(X), S.astype(int)), TypeError, "got a masked array"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("op", "argument", "args", "error", "got"), NO_ARRAYS)
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_what_is_no_array_no_number_or_no_plain_one_is_refused_by_name(backend, op, argument, args, error, got):
+    with lvtp.use_backend(backend), pytest.raises(error) as raised:
+        getattr(lvtp, op)(*args)
+    assert str(raised.value).startswith(f"{op}: {argument} must ")
+    assert got in str(raised.value)
 
 
 def test_many_threads_at_once_get_what_one_gets():
@@ -116,14 +171,3 @@ def test_the_gil_is_released_while_an_operator_runs():
         assert any(this_thread_runs_meanwhile() for _ in range(3))
     finally:
         sys.setswitchinterval(interval)
-
-
-def test_an_array_that_runs_backwards_is_refused_by_name():
-    x, scores = np.ones((1, 4, 3), np.float32), np.ones((1, 4), np.float32)
-    with pytest.raises(ValueError, match="id_selection: features must not run backwards"):
-        lvtp.id_selection(x[:, ::-1], scores, 2)
-
-
-def test_an_array_beside_a_tensor():
-    x, scores = torch.eye(4)[None], np.array([[1, 4, 3, 2]], np.float32)
-    assert lvtp.id_selection(x, scores, 2).tolist() == [[1, 2]]

@@ -14,7 +14,7 @@ RANKS = 2
 def test_dtensors_on_two_ranks(tmp_path):
     command = [sys.executable, __file__, tmp_path / "store"]
     ranks = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True) for rank in range(RANKS)]
-    said = [rank.communicate(timeout=100)[1] for rank in ranks]
+    said = [rank.communicate(timeout=300)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0] * RANKS, "\n".join(said)
 
 
@@ -49,11 +49,16 @@ def check_one_rank(store: str, rank: int) -> None:
     x, s, *r = placed((features, importance, *rest), Shard(0))
     with CommDebugMode() as communication:
         keep = lvtp.id_selection(x, s, *r)
-        kept = x.gather(1, keep[..., None].expand(-1, -1, x.shape[-1]))
+        kept, _ = lvtp.take(x, keep)
     assert communication.get_total_counts() == 0
     assert whole(keep)[0] == Shard(0)
     assert torch.equal(whole(keep)[1][0], want)
     assert kept.to_local().shape[0] == x.to_local().shape[0]
+    assert torch.equal(whole(kept)[1][0], lvtp.take(features, want)[0])
+
+    x, s = placed(example("id_selection", b=4)[:2], Shard(0))
+    compiled = torch.compile(lambda x, s: lvtp.id_selection(x, s, 5), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x, s).full_tensor(), lvtp.id_selection(x.full_tensor(), s.full_tensor(), 5))
 
     for name in OPERATORS:
         args = example(name, b=4)

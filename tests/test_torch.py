@@ -10,6 +10,7 @@ import threading
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lvtp
 
@@ -60,6 +61,28 @@ def test_fake_shapes_and_dtypes_match_the_kernel(name):
     meta = operator(name)(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in args))
     for r, m in zip(*((t if isinstance(t, tuple) else (t,)) for t in (real, meta)), strict=True):
         assert (r.shape, r.dtype, r.stride()) == (m.shape, m.dtype, m.stride())
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_the_reference_runs_on_tensors_without_values(name):
+    """On the meta device, as FakeTensor, and under vmap."""
+    args, function = example(name), getattr(lvtp.reference, name.partition(".")[0])
+    places = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor)]
+    want = function(*args)
+
+    def on(tensors):
+        given = dict(zip(places, tensors, strict=True))
+        return function(*(given.get(i, a) for i, a in enumerate(args)))
+
+    mode = FakeTensorMode()
+    with mode:
+        fake = on([mode.from_tensor(args[i]) for i in places])
+    for got in (fake, on([args[i].to("meta") for i in places])):
+        for g, w in zip(*((t if isinstance(t, tuple) else (t,)) for t in (got, want)), strict=True):
+            assert (g.shape, g.dtype) == (w.shape, w.dtype)
+    twice = torch.vmap(lambda *tensors: on(tensors))(*(torch.stack((args[i], args[i])) for i in places))
+    for got, w in zip(*((t if isinstance(t, tuple) else (t,)) for t in (twice, want)), strict=True):
+        torch.testing.assert_close(got, torch.stack((w, w)))
 
 
 @pytest.mark.parametrize("name", lvtp.ops.OPS)
