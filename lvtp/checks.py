@@ -59,10 +59,9 @@ def check_companion(op: str, name: str, t: Tensor, like: Tensor, shape: tuple, k
     """A tensor whose shape and device follow another's. `kind`: "float", "int64" or "bool"."""
     check_dense(op, name, t)
     wanted = "[" + ", ".join(str(s) for s in shape) + "]"
-    _fail_unless(
-        t.dim() == len(shape) and all(a == b for a, b in zip(t.shape, shape, strict=True)),
-        op, name, f"of shape {wanted}", _shape(t),
-    )  # fmt: skip
+    _fail_unless(t.dim() == len(shape), op, name, f"of shape {wanted}", _shape(t))
+    for a, b in zip(t.shape, shape, strict=True):
+        _fail_unless(a == b, op, name, f"of shape {wanted}", _shape(t))
     if kind == "float":
         _fail_unless(t.dtype in FLOAT_DTYPES, op, name, "a floating-point tensor", _dtype(t))
     else:
@@ -76,12 +75,24 @@ def check_mask(op: str, mask: Tensor | None, like: Tensor) -> None:
         check_companion(op, "mask", mask, like, (like.shape[0], like.shape[1]), "bool")
 
 
-def check_count(op: str, name: str, value, low: int, high=None) -> None:
-    if high is None:
-        _fail_unless(value >= low, op, name, f"at least {low}", value)
-    else:
-        _fail_unless(value >= low, op, name, f"in [{low}, {high}]", value)
-        _fail_unless(value <= high, op, name, f"in [{low}, {high}]", value)
+def check_count(op: str, name: str, value, low, high=None) -> None:
+    takes = f"at least {low}" if high is None else f"in [{low}, {high}]"
+    _fail_unless(_may_be_at_most(low, value), op, name, takes, value)
+    if high is not None:
+        _fail_unless(_may_be_at_most(value, high), op, name, takes, value)
+
+
+def _may_be_at_most(low, high):
+    """low <= high. Where a graph is traced and both are symbols: False only if that never holds, without a guard.
+
+    A guard such as N // 4 <= N would narrow what the graph serves, and export refuses those that it cannot prove. The
+    kernel checks the values whenever the graph runs.
+    """
+    if isinstance(low, torch.SymInt) and isinstance(high, torch.SymInt):
+        from torch.fx.experimental.symbolic_shapes import statically_known_false  # slow to import; tracing has done it
+
+        return not statically_known_false(low <= high)
+    return low <= high
 
 
 def check_gamma(op: str, gamma: float) -> None:
@@ -197,6 +208,7 @@ def prune_sid(
         check_companion(op, "importance", importance, features, shape, "float")
     check_count(op, "n", n, 1)
     check_count(op, "reserved", reserved, 0, n - 1)
+    _fail_unless(n - reserved >= 1, op, "reserved", f"in [0, {n - 1}]", reserved)  # a size, so for symbols too
     check_center(op, center)
     if labels is not None:
         check_companion(op, "labels", labels, features, shape, "int64")

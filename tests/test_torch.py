@@ -11,6 +11,7 @@ import threading
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+import torch._dynamo.testing
 
 import lvtp
 
@@ -120,6 +121,71 @@ def test_compile_fullgraph_dynamic_without_recompiling_for_a_new_batch():
                 assert torch.equal(got, want)
 
 
+# Every operator with counts, by one count k.
+BY_COUNT = {
+    "greedy_suppression": lambda x, s, k: lvtp.greedy_suppression(s, lvtp.cosine_similarity(x), k),
+    "psca": lambda x, s, k: lvtp.psca(x, k),
+    "id_selection": lambda x, s, k: lvtp.id_selection(x, s, k),
+    "prune_sid": lambda x, s, k: lvtp.prune_sid(x, s, k, reserved=1),
+    "prune_sid by loadings": lambda x, s, k: lvtp.prune_sid(x, None, 2 * k, reserved=k),
+    "dynamic_budget": lambda x, s, k: lvtp.dynamic_budget(x, x.shape[0] * k),
+    "dynamic_budget of one image": lambda x, s, k: lvtp.dynamic_budget(x, x.shape[1], k // 4),
+}
+
+
+def same(got, want):
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", BY_COUNT)
+def test_one_graph_serves_every_number_of_tokens_and_every_count(name):
+    def select(features, importance, k):
+        return tuple(BY_COUNT[name](features, importance, count) for count in (k, features.shape[1] // 4))
+
+    graphs = torch._dynamo.testing.CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(select, backend=graphs, fullgraph=True, dynamic=True)
+    for n, k in zip(range(20, 100, 4), range(4, 24), strict=True):
+        same(compiled(*inputs(2, n), k), select(*inputs(2, n), k))
+    assert graphs.frame_count == 1
+
+
+@pytest.mark.parametrize("name", BY_COUNT)
+def test_a_count_read_from_a_tensor_traces(name):
+    torch._dynamo.reset()
+
+    def read(features, importance, k):
+        return BY_COUNT[name](features, importance, k.item())
+
+    with torch._dynamo.config.patch(capture_scalar_outputs=True, error_on_recompile=True):
+        compiled = torch.compile(read, backend="eager", fullgraph=True, dynamic=True)
+        for k in map(torch.tensor, (4, 9, 12)):
+            same(compiled(*inputs(2, 24), k), read(*inputs(2, 24), k))
+
+
+@pytest.mark.parametrize("name", BY_COUNT)
+def test_selecting_from_tokens_that_a_mask_chose_traces(name):
+    torch._dynamo.reset()
+
+    def chosen(features, importance, choice):
+        features, importance = features[:, choice], importance[:, choice]
+        return BY_COUNT[name](features, importance, features.shape[1] // 4)
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, error_on_recompile=True):
+        compiled = torch.compile(chosen, backend="eager", fullgraph=True, dynamic=True)
+        for n in (16, 21, 24):
+            choice = torch.arange(24) < n
+            same(compiled(*inputs(2, 24), choice), chosen(*inputs(2, 24), choice))
+
+
+def test_a_count_that_a_graph_finds_too_large_is_refused_by_the_operator():
+    torch._dynamo.reset()
+    compiled = torch.compile(BY_COUNT["id_selection"], backend="eager", fullgraph=True, dynamic=True)
+    assert compiled(*inputs(2, 24), 5).shape == (2, 5)
+    with pytest.raises(RuntimeError, match=r"id_selection: k must be in \[1, 24\], got 25"):
+        compiled(*inputs(2, 24), 25)
+
+
 def test_compile_fullgraph_on_a_named_backend():
     torch._dynamo.reset()
     with lvtp.use_backend("native"):
@@ -143,6 +209,20 @@ def test_export_with_a_dynamic_batch():
         assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("name", BY_COUNT)
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_with_dynamic_tokens_and_a_share_of_them(name, strict):
+    class ByShare(torch.nn.Module):
+        def forward(self, features, importance):
+            return BY_COUNT[name](features, importance, features.shape[1] // 4)
+
+    tokens = torch.export.Dim("tokens", min=16, max=4096)
+    shapes = ({1: tokens}, {1: tokens})
+    program = torch.export.export(ByShare(), inputs(2, 24), dynamic_shapes=shapes, strict=strict)
+    for n in (16, 33, 100):
+        same(program.module()(*inputs(2, n)), ByShare()(*inputs(2, n)))
+
+
 class PrunedTower(torch.nn.Module):
     """A vision tower of one layer, both selectors by the attention of its CLS token, and a projector."""
 
@@ -158,7 +238,7 @@ class PrunedTower(torch.nn.Module):
         x = torch.cat((self.cls.expand(x.shape[0], -1, -1), x), 1)
         x, attention = self.attention(x, x, x)
         features, importance = x[:, 1:], attention[:, 0, 1:]
-        ids = lvtp.id_selection(features, importance, 5)
+        ids = lvtp.id_selection(features, importance, features.shape[1] // 4)
         sid = lvtp.prune_sid(features, importance, 12, reserved=1)
         kept = features.gather(1, ids[..., None].expand(-1, -1, D))
         return ids, sid, self.projector(kept)
@@ -167,11 +247,10 @@ class PrunedTower(torch.nn.Module):
 @torch.no_grad()
 def test_an_exported_tower_runs_from_python_and_cpp_without_lvtps_python_code(cpp_example, tmp_path):
     torch.manual_seed(0)
-    tower, pixels = PrunedTower().eval(), torch.randn(5, 3, 16, 24)
-    batch = torch.export.Dim("batch", min=1, max=64)
-    torch.export.save(
-        torch.export.export(tower, (pixels[:2],), dynamic_shapes=({0: batch},)), tmp_path / "exported.pt2"
-    )
+    tower, pixels = PrunedTower().eval(), torch.randn(5, 3, 16, 32)
+    sizes = {0: torch.export.Dim("batch", min=1, max=64), 3: 4 * torch.export.Dim("columns", min=4, max=64)}
+    program = torch.export.export(tower, (pixels[:2, :, :, :24],), dynamic_shapes=(sizes,))
+    torch.export.save(program, tmp_path / "exported.pt2")
     program = torch.export.load(tmp_path / "exported.pt2")
     package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "compiled.pt2"))
     torch.save((pixels,), tmp_path / "in.pt")
