@@ -12,6 +12,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from lvtp.hf.layout import Layout
 from lvtp.hf.options import Options, Score
+from lvtp.hf.sequence import numbered, spanned
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Family(ABC):
     scopes: ClassVar[tuple[str, ...]]  # what a budget can be counted over
     newlines: ClassVar[tuple[str, ...]] = ()  # policies for row-separator tokens, where it has them; default first
     default_positions: ClassVar[str] = "compact"
+    # Whether compact positions have to be passed on; else the model numbers a shortened prompt alike.
+    spells_positions: ClassVar[bool] = False
     continues_by_itself: ClassVar[bool] = False  # whether the model remembers where its latest prompt's positions go on
 
     @abstractmethod
@@ -80,9 +83,23 @@ class Family(ABC):
         """ "compact" or "original"."""
         return self.default_positions if options.positions == "auto" else options.positions
 
-    def original_positions(self, model: PreTrainedModel, call: Mapping[str, Any], real: Tensor) -> Tensor:
-        """Positions [B, S] in the unpruned `call`, counted over its `real` (not padding) tokens [B, S]."""
-        return (real.long().cumsum(dim=1) - 1).clamp(min=0)
+    def original_positions(
+        self, model: PreTrainedModel, call: Mapping[str, Any], real: Tensor, generating: bool
+    ) -> Tensor:
+        """Positions [B, S] in the unpruned `call` with the `real` (not padding) tokens [B, S].
+
+        The model alone numbers every column from the first token on; `generate` those that the mask shows.
+        """
+        return numbered(real if generating else spanned(real))
+
+    def compact_positions(
+        self, model: PreTrainedModel, call: Mapping[str, Any], real: Tensor, kept: Tensor, generating: bool
+    ) -> Tensor:
+        """Positions [B, S] as if the `real` tokens that are not `kept` had never been there.
+
+        Those of a prompt that keeps every token are its original ones, whatever other prompts lose.
+        """
+        return numbered(kept if generating else kept | (spanned(real) & ~real))
 
     def place(self, model: PreTrainedModel, call: dict[str, Any], next_position: Tensor) -> dict[str, Any]:
         """The shortened `call` with its positions as the model takes them, and the model told how they go on.

@@ -13,7 +13,7 @@ from transformers.modeling_utils import PreTrainedModel
 from lvtp.hf.attention import received_by_segment
 from lvtp.hf.family import Encoded, Family, Size
 from lvtp.hf.options import Options, Score
-from lvtp.hf.sequence import real_tokens
+from lvtp.hf.sequence import numbered, real_tokens
 from lvtp.hf.tower import called
 
 # What `get_rope_index` counts, beside the mask.
@@ -24,12 +24,14 @@ class MRope(Family):
     """A placeholder is a block of patches, merged before the language model; the selector compares merged tokens.
 
     The importance of a token is the mean attention that its patches receive. A frame is what the tower reads at once,
-    `temporal_patch_size` pictures of a video. With positions="compact", all three axes number the tokens through.
+    `temporal_patch_size` pictures of a video. With positions="compact", the tokens of a prompt that lost some are
+    numbered through, the same on all three axes.
     """
 
     modalities: ClassVar = {"image": "pixel_values", "video": "pixel_values_videos"}
     scopes = ("image", "frame")
     default_positions = "original"
+    spells_positions = True
     continues_by_itself = True
 
     def scored_layer(self, tower: PreTrainedConfig) -> int:
@@ -88,8 +90,10 @@ class MRope(Family):
             sizes.append(Size(t * frame, (frame,) * t if scope == "frame" else (t * frame,)))
         return sizes
 
-    def original_positions(self, model: PreTrainedModel, call: Mapping[str, Any], real: Tensor) -> Tensor:
-        """[3, B, S]: time, height and width."""
+    def original_positions(
+        self, model: PreTrainedModel, call: Mapping[str, Any], real: Tensor, generating: bool
+    ) -> Tensor:
+        """[3, B, S]: time, height and width. The mask decides what is counted, also without `generate`."""
         if call.get("mm_token_type_ids") is None:
             raise ValueError(
                 "mm_token_type_ids must be given to count positions on three axes, got none "
@@ -98,6 +102,16 @@ class MRope(Family):
         counted = {name: call[name] for name in _COUNTED if call.get(name) is not None}
         return model.base_model.get_rope_index(**counted, attention_mask=real.long())[0]
 
+    def compact_positions(
+        self, model: PreTrainedModel, call: Mapping[str, Any], real: Tensor, kept: Tensor, generating: bool
+    ) -> Tensor:
+        """[3, B, S]: one number on all axes; a prompt that keeps every token has its three."""
+        numbers = numbered(kept).expand(3, *kept.shape)
+        whole = (kept == real).all(dim=1)  # [B]
+        if call.get("mm_token_type_ids") is None or not bool(whole.any()):
+            return numbers  # the unpruned model would also number on all axes alike
+        return torch.where(whole[:, None], self.original_positions(model, call, real, generating), numbers)
+
     def place(self, model: PreTrainedModel, call: dict[str, Any], next_position: Tensor) -> dict[str, Any]:
         """Positions [4, B, S']: first one that numbers the tokens through, from which masks are made, then the axes.
 
@@ -105,9 +119,7 @@ class MRope(Family):
         positions go on from `rope_deltas`, how far positions run ahead of the tokens.
         """
         real = real_tokens(call)
-        numbers = (real.long().cumsum(dim=1) - 1).clamp(min=0)
-        axes = call.get("position_ids")  # None with positions="compact"
-        axes = numbers if axes is None else axes
+        numbers, axes = numbered(real), call["position_ids"]
         if axes.dim() == 3 and len(axes) != 3:
             raise ValueError(f"position_ids must have 3 axes (time, height, width) or none of them, got {len(axes)}")
         axes = axes.expand(3, *numbers.shape)

@@ -158,7 +158,8 @@ def prune(
             that the selector compares [n, N, Dv] to importance [n, N]. ID-Selection takes "cls", and "prompt" where
             there is no CLS token; PruneSID's LLaVA code takes "cls", its Qwen code none at all, which is
             `method=lambda features, scores, k: lvtp.prune_sid(features, None, k)`.
-        positions: "compact" numbers the kept tokens through, "original" keeps their numbers in the unpruned prompt;
+        positions: "compact" numbers the tokens as if those that a prompt loses had never been there, "original" keeps
+            their numbers in the unpruned prompt; a prompt that loses none has its own numbers either way.
             "auto" is the family's own choice: original where positions have three axes (Qwen-VL), else compact.
         scope: what `keep` counts over: "image", an image or a whole video; "frame", each frame of a video; "crop", each
             crop of an image, without unpadding and newlines, as the papers prune LLaVA-NeXT. What has no frames or

@@ -16,7 +16,7 @@ from lvtp.hf.family import Encoded, Family
 from lvtp.hf.options import Keep, Method, Options, Score
 from lvtp.hf.prompt import attention_of_the_last_token
 from lvtp.hf.selection import budgets, select
-from lvtp.hf.sequence import laid_out, new_columns, real_tokens
+from lvtp.hf.sequence import laid_out, new_columns, real_tokens, spanned
 
 
 @dataclass(frozen=True)
@@ -104,16 +104,19 @@ def rewrite(
         indices += selected[modality]
 
     shortened = {name: value for name, value in call.items() if name not in family.modalities.values()}
-    next_position = kept.sum(dim=1)
+    stay = kept | (spanned(real) & ~real)  # what the mask hides inside a prompt stays hidden where it is
+    numbers = _numbers(model, family, call, real, kept, positions, generating)
+    latest = numbers.masked_fill(~real.to(numbers.device), -1).amax(dim=-1)  # [B], or with axes before
+    next_position = latest.view(-1, len(real)).amax(dim=0) + 1
     if not torch.equal(kept, real):  # else the text stays as it came: bit for bit the unpruned call
-        if positions == "original":
-            shortened |= _original_positions(model, family, call, real)
-            next_position = shortened["position_ids"].amax(dim=-1).view(-1, len(real)).amax(dim=0) + 1
-        elif call.get("position_ids") is not None:
-            raise ValueError("position_ids must be left out with positions='compact'; positions='original' keeps them")
+        if positions == "original" or family.spells_positions:
+            shortened["position_ids"] = numbers
+        if positions == "original" and call.get("attention_mask") is None:
+            # Without a mask, attention reads a gap in the positions as the start of another packed sequence.
+            shortened["attention_mask"] = real.long()
         # With labels, the loss is the model's and nobody counts columns of the logits from the end.
-        places = new_columns(real, kept, left=generating, tight=call.get("labels") is not None)
-        shortened = laid_out(shortened, kept, places, _pad_token_id(model, family))
+        places = new_columns(real, stay, left=generating, tight=call.get("labels") is not None)
+        shortened = laid_out(shortened, stay, places, _pad_token_id(model, family))
         shortened = family.place(model, shortened, next_position)
         shortened = {name: value for name, value in shortened.items() if name not in arguments}
     shortened["mm_encoder_outputs"] = encoder_outputs
@@ -180,7 +183,7 @@ def _scored_by_prompt(
     """The images with importance from the language model instead of the tower."""
     if call.get("inputs_embeds") is not None and call.get("position_ids") is None and family.continues_by_itself:
         # The model alone would number embeddings along one axis.
-        call = {**call, "position_ids": family.original_positions(model, call, real)}
+        call = {**call, "position_ids": family.original_positions(model, call, real, generating=False)}
     outputs = {modality: family.container(modality, images, images.projected) for modality, images in encoded.items()}
     attention = attention_of_the_last_token(model, call, outputs, real)  # [B, S]
     scored = {}
@@ -259,15 +262,24 @@ def _check_placeholders(modality: str, placeholders: Tensor, real: Tensor, encod
         raise ValueError(f"attention_mask must not hide {modality} placeholders")
 
 
-def _original_positions(
-    model: PreTrainedModel, family: Family, call: dict[str, Any], real: Tensor
-) -> dict[str, Tensor]:
-    """The arguments that spell out the positions of the unpruned call: those given, or else the family's."""
-    position_ids, mask = call.get("position_ids"), call.get("attention_mask")
-    if position_ids is None:
-        position_ids = family.original_positions(model, call, real)
-    # Without a mask, attention reads a gap in the positions as the start of another packed sequence.
-    return {"position_ids": position_ids, "attention_mask": real.long() if mask is None else mask}
+def _numbers(
+    model: PreTrainedModel,
+    family: Family,
+    call: dict[str, Any],
+    real: Tensor,
+    kept: Tensor,
+    positions: str,
+    generating: bool,
+) -> Tensor:
+    """The position of every column: [B, S], or with axes before."""
+    given, lost = call.get("position_ids"), not torch.equal(kept, real)
+    if given is not None and lost and positions == "compact":
+        raise ValueError("position_ids must be left out with positions='compact'; positions='original' keeps them")
+    if given is not None:
+        return given
+    if lost and positions == "original":
+        return family.original_positions(model, call, real, generating)
+    return family.compact_positions(model, call, real, kept, generating)
 
 
 def placeholder_id(model: PreTrainedModel, modality: str) -> int:

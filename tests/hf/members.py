@@ -42,12 +42,13 @@ class Member:
         return self.tiny.batch(self.model, *self.batches[rows], **options)
 
     def alone(self, rows, row, inputs):
-        """The call of one prompt of the batch `inputs`, without its padding."""
-        real, shares = inputs["attention_mask"][row].bool(), list(map(self.tiny.shares, self.batches[rows]))
+        """The call of one prompt of the batch `inputs`, without its padding; `rows`: as for `tiny.batch`, or a name."""
+        rows = self.batches[rows] if isinstance(rows, str) else rows
+        real, shares = inputs["attention_mask"][row].nonzero(), list(map(self.tiny.shares, rows))
         alone = {}
         for name, value in inputs.items():
             if value.shape == inputs["input_ids"].shape:
-                alone[name] = value[row : row + 1, real]
+                alone[name] = value[row : row + 1, real.min() : real.max() + 1]
             elif shares[row][name]:
                 start = sum(share[name] for share in shares[:row])
                 alone[name] = value[start : start + shares[row][name]]

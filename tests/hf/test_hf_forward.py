@@ -223,3 +223,63 @@ def test_576_tokens():
         got = model(**inputs).logits
     with torch.no_grad():
         assert torch.equal(got, model(**inputs).logits)
+
+
+def make_holes(inputs):
+    """Hides the last text token but one of each prompt."""
+    for row, text in enumerate(~visual(inputs["input_ids"]) & inputs["attention_mask"].bool()):
+        inputs["attention_mask"][row, text.nonzero()[-2]] = 0
+
+
+@pytest.mark.parametrize("positions", ["compact", "original"])
+@pytest.mark.parametrize("holes", [False, True])
+def test_a_prompt_does_not_depend_on_the_others_of_its_batch(member, positions, holes):
+    """One keeps every token of its image, one has no image, others lose tokens."""
+    model, rows = member.model, [member.batches["padded"][1], *member.batches["ragged"]]
+    inputs = member.tiny.batch(model, *rows)
+    if holes:
+        mask = inputs["attention_mask"].clone()
+        make_holes(inputs)
+        if member.axes:  # a call without images is numbered otherwise, pruned or not
+            inputs["attention_mask"][2] = mask[2]
+    with lvtp.hf.prune(model, keep=1.0) as pruning:
+        model(**member.alone(rows, 0, inputs))
+    budget = lvtp.Budget(sum(pruning.last.counts), dynamic=False)
+    with torch.no_grad(), lvtp.hf.prune(model, keep=budget, positions=positions) as pruning:
+        logits, last = model(**inputs).logits, pruning.last
+        tokens = model.generate(**inputs, max_new_tokens=2)[:, -2:]
+        lost = [int(inputs["attention_mask"][row].sum() - last.kept[row].sum()) for row in range(len(rows))]
+        assert lost[0] == lost[2] == 0 < lost[1]
+        for row in range(len(rows)):
+            call = member.alone(rows, row, inputs)
+            alone = model(**call).logits[0]
+            mask = lvtp.hf.prepare(model, call, keep=budget, positions=positions)["attention_mask"][0]
+            assert relative_error(logits[row, -len(alone) :], alone, mask) <= 1e-5
+            assert torch.equal(model.generate(**call, max_new_tokens=2)[0, -2:], tokens[row])
+
+
+@pytest.mark.parametrize("generating", [False, True])
+def test_masked_tokens_inside_a_prompt_are_numbered_as_the_unpruned_call_numbers_them(member, generating):
+    """The oracle: the whole prompt, in which nobody sees what pruning drops.
+
+    `model(...)` counts what the mask hides, `generate` does not, and Qwen-VL's own positions never do.
+    """
+    model, inputs = member.model, member.batch("ragged")
+    make_holes(inputs)
+    mask = inputs["attention_mask"]
+    with torch.no_grad(), lvtp.hf.prune(model, keep=KEEP, positions="original") as pruning:
+        if generating:
+            options = {"return_dict_in_generate": True, "output_logits": True, "max_new_tokens": 1}
+            got = model.generate(**inputs, **options).logits[0]
+        else:
+            got = model(**inputs).logits[:, -1]
+    if member.axes:
+        counted = {name: value for name, value in inputs.items() if "pixel" not in name}
+        numbers, _ = model.model.get_rope_index(**counted)
+    else:
+        numbers = (mask.cumsum(1) - 1).clamp(min=0) if generating else torch.arange(mask.shape[1])[None]
+    causal = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool).tril()
+    visible = (causal & pruning.last.kept[:, None]) | torch.eye(len(causal), dtype=torch.bool)
+    with torch.no_grad():
+        whole = {**inputs, "attention_mask": visible[:, None], "position_ids": numbers}
+        assert relative_error(got, model(**whole, use_cache=False).logits[:, -1]) <= 1e-5
