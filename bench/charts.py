@@ -20,7 +20,7 @@ def style(variant: str) -> dict:
     if variant == "one thread":
         return {"color": plots.COLOURS[0], "linestyle": ":"}
     at = next((i for i, family in enumerate(FAMILIES) if variant.startswith(family)), len(FAMILIES))
-    line = "--" if variant.endswith("call") else "-"
+    line = "--" if variant.endswith(", call") else "-." if variant.endswith(", cold") else "-"
     return {"color": plots.COLOURS[at], "marker": plots.MARKERS[at], "linestyle": line, "zorder": 3 if at == 0 else 2}
 
 

@@ -1,74 +1,143 @@
 #!/usr/bin/env bash
-# On a machine with a CUDA device: build, test, time, and leave everything under bench/results/<GPU>-<date>/, within ten
-# minutes. Each stage has its own time limit and log; one that fails, or is cut short, does not lose the others' results.
-# summary.txt says how each ended; the exit status is the number of those that did not end well.
+# All that needs a GPU, for a rented machine that is there for minutes and may have neither network nor .git.
+#
+#   bash bench/gpu.sh wheels [FOLDER]        here: packs into FOLDER (out/wheels) what that machine lacks
+#   WHEELS=out/wheels bash bench/gpu.sh A    there, in at most 270 s: is it right, and how fast
+#   WHEELS=out/wheels bash bench/gpu.sh B    there, in at most 270 s: streams, threads, memory, models, Triton
+#   bash bench/gpu.sh smoke bench            stages by name, of A, of B, or sweep: all other shapes, and fp32
+#
+# FOLDER travels with the checkout. Without WHEELS, or where the wheel does not load, install builds from source.
+# Results go to $OUT, else to bench/results/<GPU>-<date>-<part>: log.txt of all stages, summary.txt, ops.json, ops.txt,
+# kernels.txt and prefill.json. A stage that fails, or is cut short, costs the others nothing: it ends when its seconds
+# and those of the stages before it have passed, so what one saves the next may use. The exit status is the number of
+# those that did not end well. PYTHON is the interpreter that has torch; lvtp is installed into the folder SITE.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-PYTHON=${PYTHON:-python3}
+[ -x .venv/bin/python ] && PYTHON=${PYTHON:-.venv/bin/python}
+export PYTHON=${PYTHON:-python3} SITE=${SITE:-$PWD/out/gpu-site}
 
-gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -1 | tr -s ' /' '--')
-results=${RESULTS:-bench/results/${gpu:-no-gpu}-$(date +%F)}
-mkdir -p "$results"
-failed=0
-# All architectures take minutes to compile; this one's code is what will run.
-chip=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1)
-[ "$chip" = 9.0 ] && chip=9.0a
-[ -z "$chip" ] || export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$chip}
+A=(install:60 info:25 smoke:30 kernels:25 bench:65 native:65)
+B=(install:60 streams:45 memcheck:35 prefill:55 triton:25 triton-times:20 soak:10 jax:10 racecheck:10)
+ALONE=(sweep:240)
 
-stage() { # name, seconds, command...
-  local name=$1 limit=$2 started=$SECONDS status ended
-  shift 2
-  local left=$((590 - SECONDS)) # what earlier stages saved is there for later ones, but no more
-  ((limit <= left)) || limit=$((left > 1 ? left : 1))
-  printf '== %s\n' "$name"
-  timeout --kill-after=5 "$limit" "$@" >"$results/$name.log" 2>&1
-  status=$?
-  tail -n 12 "$results/$name.log"
-  case $status in
-    0) ended=done ;;
-    124 | 137) ended="cut short after $limit s" ;;
-    *) ended="failed with exit status $status: $(grep -v '^\s*$' "$results/$name.log" | tail -n 1 | cut -c 1-200)" ;;
-  esac
-  [ "$status" = 0 ] || failed=$((failed + 1))
-  printf '%-12s %4d s  %s\n' "$name" $((SECONDS - started)) "$ended" | tee -a "$results/summary.txt"
+usage() { sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0" >&2 && exit 2; }
+
+wheels() { # folder
+  mkdir -p "$1" && rm -f "$1"/lvtp-*.whl "$1"/transformers-*.whl
+  # sm_90a: an H100 or an H200. All architectures take minutes to compile, and several times the space.
+  TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0a} CMAKE_ARGS=-DLVTP_CUDA=ON \
+    "$PYTHON" -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir "$1" . || return
+  PIP_CONSTRAINT=constraints.txt "$PYTHON" -m pip download --quiet --no-deps --dest "$1" transformers || return
+  echo "$(git rev-parse HEAD)$(git diff --quiet HEAD || echo ', with changes')" >"$1/COMMIT"
+  ls -l "$1"
 }
 
-on_gpu() { # as stage, where there is a device
-  if [ -n "$gpu" ]; then
-    stage "$@"
-  else
-    stage "$1" 5 bash -c 'echo "no CUDA device: nvidia-smi finds none"; exit 1'
+loads() { # the package, and its CUDA library for the GPUs that are here
+  "$PYTHON" -c 'import lvtp
+state = lvtp.build_info()["backends"]["native_cuda"]
+assert state == "loaded", state'
+}
+
+install() {
+  rm -rf "$SITE"
+  if compgen -G "${WHEELS:-/nowhere}/*.whl" >/dev/null; then
+    "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --target "$SITE" "$WHEELS"/*.whl && loads && return
+    echo 'the wheels do not serve here: building from source'
   fi
+  # One architecture, the one that will run.
+  local chip
+  chip=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1)
+  [ "$chip" = 9.0 ] && chip=9.0a
+  export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-${chip:-9.0a}} CMAKE_ARGS=-DLVTP_CUDA=ON
+  "$PYTHON" -m pip install --quiet --no-build-isolation --no-deps --upgrade --target "$SITE" . && loads
 }
+export -f install loads
 
+gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1 | tr -s ' /' '--')
+case ${1:-} in
+  wheels) wheels "${2:-out/wheels}" && exit ;;
+  A) stages=("${A[@]}") ;;
+  B) stages=("${B[@]}") ;;
+  *)
+    stages=()
+    for name in "$@"; do
+      found=$(printf '%s\n' "${A[@]}" "${B[@]}" "${ALONE[@]}" | grep -m 1 "^$name:") || usage
+      stages+=("$found")
+    done
+    ((${#stages[@]})) || usage
+    [ -d "$SITE" ] || [ "$1" = install ] || stages=("${A[0]}" "${stages[@]}")
+    ;;
+esac
+results=${OUT:-bench/results/${gpu:-no-gpu}-$(date +%F)-$(IFS=-; echo "$*")}
+mkdir -p "$results"
+log=$results/log.txt summary=$results/summary.txt failed=0 deadline=0
+
+# The checkout's own lvtp has no libraries, so what is installed comes first and the working directory does not count.
+export PYTHONPATH=$SITE:$PWD PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
 {
   date --iso-8601=seconds
-  git log -1 --format='commit %H' && git status --short --untracked-files=no
+  if [ -e .git ]; then
+    git log -1 --format='commit %H' && git status --short --untracked-files=no
+  else
+    echo "commit $(cat COMMIT 2>/dev/null || cat "${WHEELS:-.}/COMMIT")"
+  fi
   "$PYTHON" --version
   nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null || echo 'no CUDA device'
   command -v nvcc >/dev/null && nvcc --version | tail -n 2 | head -n 1
-} >"$results/summary.txt" 2>&1
+} >"$summary" 2>&1
+cp "$summary" "$log"
 
-stage build 150 "$PYTHON" -m pip install --no-build-isolation --no-deps -e .
-stage info 15 "$PYTHON" -c 'import lvtp, pprint
-info = lvtp.build_info()
-pprint.pprint(info)
-assert info["backends"]["native_cuda"] == "loaded", "the compiled CUDA kernels are not there"'
-tested=("$PYTHON" -m pytest -v --tb=short -p no:cacheprovider -m gpu)
-files=(tests/test_psca.py tests/test_prune_sid.py tests/test_id_selection.py tests/test_cosine_similarity.py
+tests=("$PYTHON" -m pytest -v --tb=short -p no:cacheprovider -m gpu --continue-on-collection-errors)
+"$PYTHON" -c 'import pytest_timeout' 2>/dev/null && tests+=(--timeout 60 --timeout-method thread)
+workers=()
+"$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n 8 --dist loadfile) # an illegal access then costs one file
+operators=(tests/test_psca.py tests/test_prune_sid.py tests/test_id_selection.py tests/test_cosine_similarity.py
   tests/test_mean_similarity.py tests/test_greedy_suppression.py tests/test_cluster_nms.py)
-on_gpu gpu-tests 60 "${tested[@]}" tests/test_gpu.py -k 'not triton'
-on_gpu native 60 "${tested[@]}" "${files[@]}" tests --ignore=tests/test_gpu.py --ignore=tests/hf -k native
-on_gpu bench 130 "$PYTHON" -m bench.gpu "$results"
-on_gpu prefill 110 "$PYTHON" -m bench.prefill --device cuda --seconds 8 --out "$results"
-on_gpu soak 50 "$PYTHON" -m bench.soak --minutes 0.5
-# Under the sanitizer a kernel is 10 to 100 times slower, so: small shapes, and no test that starts other processes.
 # torch's own cache of memory would hide what is written beyond a tensor's end.
-for tool in memcheck racecheck synccheck; do
-  on_gpu "$tool" 35 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 \
-    "${tested[@]}" "${files[@]}" -k 'native and (33 or mask or tie or finite or any_length or (psca and 577))'
+sanitizer=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1)
+
+command_of() { # stage -> command
+  case $1 in
+    install) command=(bash -c install) ;;
+    info) command=("$PYTHON" -m bench.device) ;;
+    smoke) command=("$PYTHON" -m bench.smoke) ;;
+    kernels) command=("$PYTHON" -m bench.kernels "$results") ;;
+    bench) command=("$PYTHON" -m bench.gpu "$results") ;;
+    native)
+      command=("${tests[@]}" "${workers[@]}" "${operators[@]}" tests --ignore=tests/test_gpu.py
+        --ignore=tests/test_jax.py --ignore=tests/hf -k 'not triton and not reference')
+      ;;
+    streams) command=("${tests[@]}" tests/test_gpu.py -k 'not triton') ;;
+    memcheck) command=("${sanitizer[@]}" --tool memcheck "$PYTHON" -m bench.smoke --small) ;;
+    prefill) command=("$PYTHON" -m bench.prefill --device cuda --seconds 8 --out "$results") ;;
+    triton) command=("${tests[@]}" "${workers[@]}" "${operators[@]}" tests/test_gpu.py -k triton) ;;
+    triton-times) command=("$PYTHON" -m bench.gpu "$results" --beside triton published) ;;
+    soak) command=("$PYTHON" -m bench.soak --minutes 0.1) ;;
+    jax) command=(env XLA_PYTHON_CLIENT_PREALLOCATE=false "${tests[@]}" tests/test_jax.py) ;; # skipped without its CUDA
+    racecheck) command=("${sanitizer[@]}" --tool racecheck "$PYTHON" -m bench.smoke --small) ;;
+    sweep) command=("$PYTHON" -m bench.gpu "$results" --rows sweep --beside eager) ;;
+  esac
+}
+
+for stage in "${stages[@]}"; do
+  name=${stage%:*} started=$SECONDS begin=$(wc -c <"$log")
+  deadline=$((deadline + ${stage#*:}))
+  limit=$((deadline - SECONDS))
+  command_of "$name"
+  # Without a device nothing is worth starting.
+  [ -n "$gpu" ] || [ "$name" = install ] || command=(bash -c 'echo "no CUDA device"; exit 1')
+  printf '\n== %s\n' "$name" | tee -a "$log"
+  timeout --signal=INT --kill-after=10 "$limit" "${command[@]}" >>"$log" 2>&1
+  status=$?
+  said=$(tail -c +$((begin + 1)) "$log" | grep -v '^\s*$' | tail -n +2)
+  tail -n 12 <<<"$said" | cut -c 1-400
+  case $status in
+    0) ended=done ;;
+    124 | 137) ended="cut short after $limit s" ;;
+    *) ended="failed with exit status $status: $(tail -n 1 <<<"$said" | cut -c 1-200)" ;;
+  esac
+  [ "$status" = 0 ] || failed=$((failed + 1))
+  printf '%-12s %4d s  %s\n' "$name" $((SECONDS - started)) "$ended" >>"$summary"
 done
-on_gpu jax 30 env XLA_PYTHON_CLIENT_PREALLOCATE=false "${tested[@]}" tests/test_jax.py # skipped without JAX's CUDA
-on_gpu triton 60 "${tested[@]}" tests/test_gpu.py "${files[@]}" -k triton
-printf '\n%s\n' "$results/summary.txt" && cat "$results/summary.txt"
+printf '\n== summary\n' && cat "$summary"
 exit "$failed"

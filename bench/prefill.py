@@ -14,7 +14,6 @@ import json
 import os
 import re
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -36,7 +35,8 @@ from transformers import (
 )
 
 import lvtp
-from bench import baselines
+import lvtp.hf  # before 14 GB of weights are made: it refuses a transformers that is too old
+from bench import baselines, runs
 from lvtp.demo.measure import machine
 
 PATCH = 14
@@ -329,14 +329,6 @@ def default_folder(device: torch.device) -> Path:
     return Path(__file__).parent / "results" / f"{name}-{date.today().isoformat()}"
 
 
-def commit() -> str:
-    try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    except OSError:
-        return "unknown"
-    return done.stdout.strip() or "unknown"
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -357,8 +349,8 @@ def main(argv: list[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
     result = {
-        "machine": machine(device), "date": date.today().isoformat(), "commit": commit(), "torch": torch.__version__,
-        "dtype": "bfloat16", "attention": "sdpa",
+        "machine": machine(device), "date": date.today().isoformat(), "commit": runs.commit(),
+        "torch": torch.__version__, "dtype": "bfloat16", "attention": "sdpa",
         "clock": "CUDA events" if device.type == "cuda" else "CPU time, one thread", "rows": [],
     }  # fmt: skip
     print(result["machine"], flush=True)

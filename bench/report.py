@@ -163,7 +163,10 @@ def section(run: Run) -> str:
     names = [name for name in OPERATORS if any(row.name == name for row in run.rows)]
     parts = [f"### {run.machine}, {run.date}", f"Commit {run.commit}, {run.software}."]
     if run.device == "GPU":
-        parts.append("A time is of one replay of a CUDA graph or, where it says so, of one call, with a cold L2.")
+        parts.append(
+            "A time is of one replay of a CUDA graph or, where it says so, of one call. The features have just been "
+            "written, as after a vision tower; *cold*: nothing of them is in a cache."
+        )
     parts += [f"![{title}]({run.folder.name}/{name})" for name, title in charts.files(run).items()]
     parts += [headline(run), "Every operator, shape and dtype that was timed:"]
     for name in names:
@@ -181,7 +184,9 @@ def models(results: Path) -> list[str]:
         values = [[row.get(field, "-") for field in head] for row in result["rows"]]
         lines = [[digits(v) if isinstance(v, float) else str(v) for v in each] for each in values]
         rest = {field: v for field, v in result.items() if field not in ("machine", "date", "commit", "rows")}
-        about = ", ".join([f"Commit {result['commit'][:12]}", *(f"{field} {v}" for field, v in rest.items())]) + "."
+        about = (
+            ", ".join([f"Commit {runs.short(result['commit'])}", *(f"{field} {v}" for field, v in rest.items())]) + "."
+        )
         found.append(f"### {result['machine']}, {result['date']}\n\n{about}\n\n{table(head, lines)}")
     return found
 

@@ -4,7 +4,9 @@
 """
 
 import json
+import os
 import re
+import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +42,25 @@ class Row:
     @property
     def ours(self) -> float | None:
         return self.seconds.get("lvtp")
+
+
+def commit() -> str:
+    """The checkout's commit. Without .git, what the file COMMIT says, in the checkout or in the folder WHEELS, where
+    `bench/gpu.sh wheels` writes it."""
+    root = Path(__file__).parents[1]
+    if (root / ".git").exists():
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True)
+        if done.returncode == 0:
+            return done.stdout.strip()
+    for folder in (root, root / os.environ.get("WHEELS", ".")):
+        if (folder / "COMMIT").is_file():
+            return (folder / "COMMIT").read_text().strip()
+    return "unknown"
+
+
+def short(commit: str) -> str:
+    """Twelve digits, and what else is said of it."""
+    return re.sub(r"^([0-9a-f]{12})[0-9a-f]+", r"\1", commit)
 
 
 class Run(NamedTuple):
@@ -80,7 +101,7 @@ def cpu_run(path: Path, found: dict) -> Run:
         device="CPU",
         machine=f"{info['brand_raw']}, {info['count']} cores",
         date=found["datetime"][:10],
-        commit=found["commit_info"]["id"][:12] + (", with changes" if found["commit_info"]["dirty"] else ""),
+        commit=short(found["commit_info"]["id"]) + (", with changes" if found["commit_info"]["dirty"] else ""),
         software=f"torch {first['torch']}, {first['threads']} threads",
         rows=rows,
     )
@@ -93,7 +114,7 @@ def gpu_run(path: Path, found: dict) -> Run:
         device="GPU",
         machine=f"{about['device']}, driver {about['driver']}",
         date=about["date"],
-        commit=about["commit"][:12],
+        commit=short(about["commit"]),
         software=f"torch {about['torch']}, CUDA {about['cuda']}",
         rows=[
             Row(

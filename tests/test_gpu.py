@@ -5,7 +5,10 @@ What the operators compute is the business of their own tests, which run on CUDA
 
 import contextlib
 import re
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import combinations_with_replacement
 
 import pytest
 import torch
@@ -25,12 +28,15 @@ WIDE = {
 }
 CALLS = (*OPERATORS, *WIDE)
 CYCLES = 20_000_000  # about 10 ms
+# A device takes 1024 launches that it has not begun; with the next the host waits. Triton's kernels for these are
+# nearly as many.
+LONG = ("psca", "prune_sid")
 
 
 @pytest.fixture(params=("native", "triton"))
 def served(request):
     """A function that makes calls in its thread go to the compiled kernels, or to Triton's."""
-    return lambda: lvtp.use_backend(request.param)
+    return partial(lvtp.use_backend, request.param)
 
 
 def run(name, args):
@@ -94,15 +100,18 @@ def test_runs_on_the_current_stream(served, name):
 @pytest.mark.parametrize("name", CALLS)
 def test_the_host_does_not_wait(served, name):
     args = arguments(name)
+    stalls = not (served.args == ("triton",) and name.startswith(LONG))
     with served():
         wanted = [w.cpu() for w in run(name, args)]  # Triton compiles, and memory is there for the next call
         torch.cuda.synchronize()
         started = torch.cuda.Event()
         with no_waiting():
-            torch.cuda._sleep(30 * CYCLES)
+            if stalls:
+                torch.cuda._sleep(30 * CYCLES)
             started.record()
             got = run(name, args)
-        assert not started.query()  # the device has not come to the operator yet
+        if stalls:  # the device has not come to the operator yet
+            assert not started.query()
     assert equal([g.cpu() for g in got], wanted)
 
 
@@ -159,6 +168,38 @@ def test_threads_with_streams_of_their_own(served):
         torch.cuda.synchronize()
     with ThreadPoolExecutor(2 * len(OPERATORS)) as pool:
         assert all(pool.map(calls, OPERATORS * 2))
+
+
+@pytest.mark.parametrize(("one", "other"), combinations_with_replacement(WIDE, 2))
+def test_kernels_that_want_the_whole_device_run_at_once(one, other):
+    """Their blocks wait for each other, so all of one kernel's must get in; with half of two each, both would wait for
+    ever. Two threads queue calls behind one gate, and both streams begin when it opens."""
+    gate, opened, queued = torch.cuda.Stream(), torch.cuda.Event(), threading.Barrier(2, timeout=30)
+
+    def calls(name):
+        stream, begun, ended = torch.cuda.Stream(), *(torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with lvtp.use_backend("native"), torch.cuda.stream(stream):
+            args = arguments(name)
+            wanted = run(name, args)
+            torch.cuda.synchronize()
+            if queued.wait() == 0:
+                with torch.cuda.stream(gate):
+                    torch.cuda._sleep(20 * CYCLES)
+                    opened.record()
+            queued.wait()
+            stream.wait_event(opened)
+            begun.record()
+            got = [run(name, args) for _ in range(10)]
+            ended.record()
+            stream.synchronize()
+        return begun, ended, all(equal(each, wanted) for each in got)
+
+    with ThreadPoolExecutor(2) as pool:
+        (begun, ended, same), (other_begun, other_ended, other_same) = pool.map(calls, (one, other))
+    assert same
+    assert other_same
+    assert begun.elapsed_time(other_ended) > 0
+    assert other_begun.elapsed_time(ended) > 0
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
