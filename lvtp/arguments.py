@@ -21,6 +21,14 @@ class Argument:
     kind: str  # a key of _TYPES
     types: frozenset[type]  # what the dispatcher takes as it is; everything else goes through `ready`
 
+    @property
+    def is_tensor(self) -> bool:
+        return "Tensor" in self.kind
+
+    @property
+    def optional(self) -> bool:
+        return self.kind == "Optional[Tensor]"
+
     def ready(self, value):
         """`value` as the dispatcher takes it. Raises `TypeError` or `ValueError`, which name the argument."""
         if self.kind == "int":
@@ -29,7 +37,7 @@ class Argument:
             return checks.number(self.op, self.name, value)
         if self.kind == "str":
             return checks.text(self.op, self.name, value)
-        if value is None and self.kind == "Optional[Tensor]":
+        if value is None and self.optional:
             return None
         value = dlpack.tensor(value, self.op, self.name)
         checks.check_dense(self.op, self.name, value)  # a nested tensor knows none of our operators

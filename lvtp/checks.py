@@ -122,7 +122,8 @@ def number(op: str, name: str, value):
     if type(value) in (float, int) or isinstance(value, torch.SymFloat | torch.SymInt):
         return value
     if hasattr(value, "__float__") and not isinstance(value, bool) and not getattr(value, "shape", ()):
-        return float(value)
+        with contextlib.suppress(TypeError):  # what JAX traces has no value
+            return float(value)
     raise TypeError(f"{op}: {name} must be a number, got {_kind(value)}")
 
 

@@ -1,8 +1,9 @@
 """The selectors on `jax.Array`s: as `lvtp.id_selection` and `lvtp.prune_sid`, but the answer is int32.
 
 Outside `jit` the arrays are passed to torch by DLPack, without a copy. Inside `jit` and `vmap` a call is one of XLA's
-custom calls on the platforms that `calls()` names, the CPU and CUDA devices; where their library was not built, and on
-other devices, a callback to the host. Arguments are checked when they are traced.
+custom calls on the platforms that `calls()` names, the CPU and CUDA devices; where their library was not built, on
+other devices, and under `use_backend` of "triton" or "reference", a callback to the host. Arguments are checked when
+they are traced. `take` gives the tokens themselves.
 """
 
 import ctypes
@@ -13,30 +14,34 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from lvtp import chips, ops
+from lvtp import arguments, checks, chips, dlpack, ops
+
+_INTEGERS = (torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32, torch.uint64, torch.int64)
 
 
 def id_selection(features, importance, k: int, gamma: float = 20.0, mask=None) -> jax.Array:
     """int32 [B, k]; see `lvtp.id_selection`."""
-
-    def arguments(features, importance, mask):
-        return features, importance, k, gamma, mask
-
-    attributes = {"k": np.int64(k), "gamma": np.float64(gamma), "given": np.int64(mask is not None)}
-    return _select("id_selection", arguments, (features, importance, mask), attributes)
+    return _select("id_selection", features, importance, k, gamma, mask)
 
 
 def prune_sid(
     features, importance, n: int, reserved: int = 0, center: str = "feature", labels=None, mask=None
 ) -> jax.Array:
-    """int32 [B, min(n - reserved, N)]; see `lvtp.prune_sid`. Labels may be int32 as well."""
+    """int32 [B, min(n - reserved, N)]; see `lvtp.prune_sid`. Labels may be of any integer dtype."""
+    return _select("prune_sid", features, importance, n, reserved, center, labels, mask)
 
-    def arguments(features, importance, labels, mask):
-        return features, importance, n, reserved, center, None if labels is None else labels.long(), mask
 
-    given = sum((a is not None) << i for i, a in enumerate((importance, labels, mask)))
-    attributes = {"n": np.int64(n), "reserved": np.int64(reserved), "center": center, "given": np.int64(given)}
-    return _select("prune_sid", arguments, (features, importance, labels, mask), attributes)
+def take(features, keep) -> tuple[jax.Array, jax.Array]:
+    """The tokens that a selector chose, and which of them there are; see `lvtp.take`.
+
+    JAX takes an index of -1 for the last token. An index that is out of range otherwise follows the rules of
+    `jnp.take_along_axis`.
+    """
+    features, keep = (jnp.asarray(a) if isinstance(a, np.ndarray) else a for a in (features, keep))
+    checks.take(_meta("take", "features", features), _meta("take", "keep", keep))
+    valid = keep != -1
+    tokens = jnp.take_along_axis(features, jnp.where(valid, keep, 0)[..., None], axis=1)
+    return jnp.where(valid[..., None], tokens, 0), valid
 
 
 @functools.cache
@@ -54,28 +59,58 @@ def calls() -> tuple[str, ...]:
     return tuple(loaded)
 
 
-def _select(name: str, arguments, arrays: tuple, attributes: dict) -> jax.Array:
-    def on(tensors) -> torch.Tensor:
-        every = iter(tensors)
-        return ops.call(name, *arguments(*(None if a is None else next(every) for a in arrays)))
+def _select(name: str, *args) -> jax.Array:
+    takes = arguments.of(getattr(torch.ops.lvtp, name).default)
+    args = [a if t.is_tensor else t.ready(a) for a, t in zip(args, takes, strict=True)]
+    places = [i for i, t in enumerate(takes) if t.is_tensor and not (t.optional and args[i] is None)]
+    arrays = [args[i] for i in places]
 
-    present = [a for a in arrays if a is not None]
-    if not any(isinstance(a, jax.core.Tracer) for a in present):
-        return jnp.from_dlpack(on(map(torch.from_dlpack, present)).int())
+    def on(call, tensors) -> torch.Tensor:
+        """`call` with these tensors in the places of the arrays."""
+        given = {i: _wide(t) if takes[i].name == "labels" else t for i, t in zip(places, tensors, strict=True)}
+        return call(*(given.get(i, a) for i, a in enumerate(args)))
 
-    shape = tuple(on(map(_meta, present)).shape)  # by the operator's fake kernel, which checks the arguments
+    run = functools.partial(ops.call, name)
+    if not any(isinstance(a, jax.core.Tracer) for a in arrays):
+        return jnp.from_dlpack(on(run, [takes[i].ready(args[i]) for i in places]).int())
+
+    # By the operator's fake kernel, which checks the arguments.
+    meta = [_meta(name, takes[i].name, args[i]) for i in places]
+    shape = tuple(on(getattr(torch.ops.lvtp, name), meta).shape)
+    backend = ops.backend_in_force()  # a compiled function keeps the one it was traced under
+
+    def callback(*arrays):
+        with ops.use_backend(backend):  # which is another thread's here
+            return on(run, map(torch.from_dlpack, arrays)).int().numpy(force=True)
+
+    given = sum((args[i] is not None) << bit for bit, i in enumerate(i for i, t in enumerate(takes) if t.optional))
+    attributes = {t.name: _ATTRIBUTES[t.kind](a) for a, t in zip(args, takes, strict=True) if not t.is_tensor}
+    attributes["given"] = np.int64(given)
     ways = {
         "cpu": functools.partial(_on_cpu, name, shape, attributes),
         "cuda": functools.partial(_on_cuda, name, shape, attributes),
     }
     return jax.lax.platform_dependent(
-        *map(jax.lax.stop_gradient, present),
+        *(jax.lax.stop_gradient(_for_xla(a)) for a in arrays),
         default=lambda *a: jax.pure_callback(
-            lambda *a: on(map(torch.from_dlpack, a)).int().numpy(force=True),
-            jax.ShapeDtypeStruct(shape, jnp.int32), *a, vmap_method="sequential",
+            callback, jax.ShapeDtypeStruct(shape, jnp.int32), *a, vmap_method="sequential"
         ),
-        **{platform: ways[platform] for platform in calls()},
-    )  # fmt: skip
+        **{platform: ways[platform] for platform in calls() if backend in ("auto", "native")},
+    )
+
+
+_ATTRIBUTES = {"int": np.int64, "float": np.float64, "str": str}
+
+
+def _wide(labels: torch.Tensor) -> torch.Tensor:
+    return labels.long() if labels.dtype in _INTEGERS else labels
+
+
+def _for_xla(array) -> jax.Array:
+    """As the custom calls take it: their integers are int32 and int64."""
+    array = jnp.asarray(array)
+    small = jnp.issubdtype(array.dtype, jnp.integer) and array.dtype not in (jnp.int32, jnp.int64)
+    return array.astype(jnp.int32) if small else array
 
 
 def _on_cpu(name: str, shape: tuple, attributes: dict, *arrays) -> jax.Array:
@@ -99,8 +134,10 @@ def _on_cuda(name: str, shape: tuple, attributes: dict, features, *others) -> ja
     return call(features, *map(as_read, others), **attributes)[..., 0]
 
 
-def _meta(array) -> torch.Tensor:
+def _meta(op: str, argument: str, array) -> torch.Tensor:
+    if not isinstance(array, jax.Array):
+        return dlpack.tensor(array, op, argument).to("meta")
     dtype = getattr(torch, array.dtype.name, None)
     if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"lvtp.jax: torch has no dtype {array.dtype.name}")
+        raise TypeError(f"{op}: {argument} must be of a dtype that torch has, got {array.dtype.name}")
     return torch.empty(array.shape, dtype=dtype, device="meta")

@@ -108,7 +108,7 @@ _backend: ContextVar[str] = ContextVar("lvtp_backend", default=_default_backend)
 
 
 @constant_when_traced  # a compiled function keeps the backend in force when it was traced
-def _backend_in_force() -> str:
+def backend_in_force() -> str:
     return _backend.get()
 
 
@@ -141,7 +141,7 @@ def call(name: str, *args, overload: str = "default"):
 
 
 def _run(name: str, args: Sequence, overload: str):
-    backend = _backend_in_force()
+    backend = backend_in_force()
     if backend == "reference":
         return getattr(reference, name)(*args)
     if backend == "triton":

@@ -110,10 +110,111 @@ def test_gradients_flow_through_what_is_gathered():
 
     @jax.jit
     def loss(features):
-        keep = lvtp.jax.id_selection(features, importance, k)
-        return jnp.take_along_axis(features, keep[..., None], axis=1).sum()
+        return lvtp.jax.take(features, lvtp.jax.id_selection(features, importance, k))[0].sum()
 
     assert jnp.count_nonzero(jnp.abs(jax.grad(loss)(features)).sum(-1)) == 2 * k
+
+
+def test_take_gives_what_the_packages_own_does():
+    features, keep = example("id_selection")[0], torch.tensor([[3, 0, -1], [-1, -1, -1]])
+    want = [t.numpy() for t in lvtp.take(features, keep)]
+    for call in (lvtp.jax.take, jax.jit(lvtp.jax.take)):
+        for got, w in zip(call(to_jax(features), to_jax(keep.int())), want, strict=True):
+            assert np.array_equal(got, w)
+    for bad in (to_jax(keep.float()), to_jax(keep[:1])):
+        with pytest.raises(RuntimeError, match="take: keep must be"):
+            jax.jit(lvtp.jax.take)(to_jax(features), bad)
+
+
+def eager_and_jitted(function):
+    return [function, jax.jit(function)]
+
+
+@pytest.mark.usefixtures("calls")
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "int32", "uint32"])
+def test_labels_of_every_integer_dtype(dtype):
+    features, importance, n, reserved, center, labels, _ = example("prune_sid")
+    want = lvtp.prune_sid(features, importance, n, reserved, center, labels).numpy()
+    for call in eager_and_jitted(lambda x, s, g: lvtp.jax.prune_sid(x, s, n, reserved, center, labels=g)):
+        got = call(to_jax(features), to_jax(importance), jnp.asarray(labels.numpy(), dtype))
+        assert np.array_equal(got, want)
+
+
+@pytest.mark.usefixtures("calls")
+@pytest.mark.parametrize("dtype", ["float32", "bool"])
+def test_labels_that_are_no_integers_are_refused_by_name(dtype):
+    features, importance, n, *_ = map(to_jax, example("prune_sid"))
+    labels = jnp.full(importance.shape, 0.9, dtype)
+    for call in eager_and_jitted(lambda x, s, g: lvtp.jax.prune_sid(x, s, n, labels=g)):
+        with pytest.raises(RuntimeError, match=f"prune_sid: labels must be int64, got {dtype}"):
+            call(features, importance, labels)
+
+
+@pytest.mark.usefixtures("calls")
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_a_named_backend_serves_inside_jit_too(backend, monkeypatch):
+    served = []
+    for name, args in cases():
+        plain = getattr(lvtp.reference, name)
+
+        def seen(features, *rest, plain=plain):
+            served.append(features.device.type)
+            return plain(features, *rest)
+
+        monkeypatch.setattr(lvtp.reference, name, seen)
+        function, arrays = jitted(name, args)
+        with lvtp.use_backend(backend):
+            got = function(*arrays)
+        assert np.array_equal(got, want(name, args)), (name, args)
+    assert ("cpu" in served) == (backend == "reference")
+
+
+S = np.arange(24, dtype=np.float32)[None]
+NO_ARRAYS = [
+    (S[:, ::-1], ValueError, "must not run backwards"),
+    (S.tolist(), TypeError, "got list"),
+    (None, TypeError, "got NoneType"),
+    (np.ma.array(S, mask=S > 3), TypeError, "got a masked array"),
+    (S.astype(">f4"), ValueError, "dtype dtype('>f4')"),
+]
+
+
+@pytest.mark.parametrize(("importance", "error", "got"), NO_ARRAYS)
+def test_what_is_no_array_that_torch_can_read_is_refused_by_name(importance, error, got):
+    features = jnp.ones((1, 24, 4))
+    for call in eager_and_jitted(lambda x: lvtp.jax.id_selection(x, importance, 2)):
+        with pytest.raises(error) as raised:
+            call(features)
+        assert str(raised.value).startswith("id_selection: importance must ")
+        assert got in str(raised.value)
+
+
+def test_arrays_of_numpy_beside_jaxs():
+    features, importance, mask = (example("id_selection")[i] for i in (0, 1, 4))
+    want = lvtp.id_selection(features, importance, 5, mask=mask).numpy()
+    for call in eager_and_jitted(lambda x: lvtp.jax.id_selection(x, importance.numpy(), 5, mask=mask.numpy())):
+        assert np.array_equal(call(to_jax(features)), want)
+
+
+def test_counts_and_numbers():
+    features, importance, *_ = map(to_jax, example("id_selection"))
+    want = lvtp.jax.id_selection(features, importance, 5, 7.0)
+    for call in eager_and_jitted(lambda x, s: lvtp.jax.id_selection(x, s, np.int64(5), np.float32(7))):
+        assert np.array_equal(call(features, importance), want)
+    for call in eager_and_jitted(lambda x, s: lvtp.jax.id_selection(x, s, 5.7)):
+        with pytest.raises(TypeError, match=r"id_selection: k must be an integer, got 5\.7"):
+            call(features, importance)
+    with pytest.raises(TypeError, match=r"id_selection: k must be an integer, got .*Tracer"):
+        jax.jit(lambda k: lvtp.jax.id_selection(features, importance, k))(5)
+    with pytest.raises(TypeError, match=r"id_selection: gamma must be a number, got .*Tracer"):
+        jax.jit(lambda gamma: lvtp.jax.id_selection(features, importance, 5, gamma))(7.0)
+
+
+def test_the_packages_own_functions_inside_jit_point_to_these():
+    features, importance, *_ = map(to_jax, example("id_selection"))
+    for function in (lambda x, s: lvtp.id_selection(x, s, 5), lambda x, s: lvtp.take(x, s)):
+        with pytest.raises(TypeError, match=r": features must be .* inside jax\.jit, grad or vmap call lvtp\.jax"):
+            jax.jit(function)(features, importance)
 
 
 def test_bad_arguments_are_named_when_they_are_traced():

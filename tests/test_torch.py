@@ -10,8 +10,8 @@ import threading
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 import torch._dynamo.testing
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lvtp
 
