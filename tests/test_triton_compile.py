@@ -27,7 +27,8 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-SPILLED = 16  # bytes: what Triton 3.6 saves around the call of a division, outside of every loop, on sm_80; 3.9 nothing
+# Bytes that these versions save around the call of a division, outside of every loop, on sm_80. 3.9 saves none.
+SPILLED = {"3.6": 12, "3.7": 24}.get(triton.__version__[:3], 0)
 SHARED = 48 * 1024  # what every chip gives without being asked for more
 TYPES = {
     torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16", torch.bfloat16: "bf16",
