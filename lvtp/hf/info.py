@@ -14,7 +14,16 @@ from lvtp.hf.families import family_of, unwrapped
 from lvtp.hf.family import Family
 from lvtp.hf.layout import check_room
 from lvtp.hf.options import Keep, Method, Options, Score
-from lvtp.hf.rewrite import check_call, check_count, encoder_arguments, has_pixels, placeholder_id, with_ids
+from lvtp.hf.packing import sample_lengths, unpacked
+from lvtp.hf.rewrite import (
+    check_call,
+    check_count,
+    encoder_arguments,
+    has_pixels,
+    pad_token_id,
+    placeholder_id,
+    with_ids,
+)
 from lvtp.hf.selection import count
 from lvtp.hf.sequence import real_tokens
 
@@ -24,8 +33,8 @@ class VisualTokens:
     """One image or video of a call."""
 
     modality: str  # "image" or "video"
-    prompt: int  # the row of the batch
-    columns: tuple[int, int]  # its first placeholder in that row and the one after its last
+    prompt: int  # the row of the batch, or the sample of a packed row
+    columns: tuple[int, int]  # its first placeholder in that prompt and the one after its last
     units: tuple[int, ...]  # what `keep` counts over (the whole of it, its crops or frames): tokens of each
     keeps: tuple[int, ...] | None  # how many of each are kept; None for a dynamic budget, which depends on the content
     placeholders: int  # its tokens in the prompt, newlines among them
@@ -92,6 +101,8 @@ def info(
     family = family_of(model, options)
     call = with_ids(model, family, dict(inputs))
     check_call(call)
+    if (samples := sample_lengths(call)) is not None:
+        call = unpacked(call, samples, pad_token_id(model, family))
     real = real_tokens(call)  # [B, S]
     before = real.sum(dim=1).tolist()
     after = list(before)

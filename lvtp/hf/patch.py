@@ -144,6 +144,9 @@ def prune(
     nested on one model, the innermost counts. Calls without images, and all calls where `keep` covers every token, give
     what the unpruned model gives, bit for bit.
 
+    Samples packed into one row, told by `position_ids` that start again, `cu_seq_lens_q` or `seq_idx`, are pruned as if
+    each were alone, and none reads another; that row has no cache.
+
     Args:
         model: one of `lvtp.hf.supported()`, or a `PeftModel` around one.
         method: "id_selection", "prune_sid", or a selector of your own, called with features [n, N, D], importance

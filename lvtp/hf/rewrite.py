@@ -14,6 +14,8 @@ from lvtp.hf.arguments import given, name_in
 from lvtp.hf.families import family_of, unwrapped
 from lvtp.hf.family import Encoded, Family
 from lvtp.hf.options import Keep, Method, Options, Score
+from lvtp.hf.packing import packed, sample_lengths, unpacked
+from lvtp.hf.positions import positions_of
 from lvtp.hf.prompt import attention_of_the_last_token
 from lvtp.hf.selection import budgets, select
 from lvtp.hf.sequence import laid_out, new_columns, real_tokens, spanned
@@ -27,7 +29,7 @@ class Pruned:
     # Image (crop, frame: see `scope`) i: int64 [K_i], which of its tokens were kept, ascending; images before videos.
     indices: tuple[Tensor, ...]
     counts: tuple[int, ...]  # K_i
-    next_position: Tensor  # int64 [B]: the position of the token after the prompt
+    next_position: Tensor  # int64 [B]: the position of the token after the prompt; of each sample of a packed row
     scope: str
     positions: str  # "compact" or "original"
 
@@ -83,6 +85,14 @@ def rewrite(
     embedded = call.get("input_ids") is None
     call = with_ids(model, family, call)
     check_call(call)
+    whole, pad = call, pad_token_id(model, family)
+    samples = sample_lengths(call)
+    if samples is not None and generating:
+        raise ValueError(
+            f"generate takes no packed samples, got {len(samples)} in one row: pass them as rows of a batch"
+        )
+    if samples is not None:
+        call = unpacked(call, samples, pad)
     real = real_tokens(call)  # [B, S]
     positions = family.positions(options)
     kept, indices, encoder_outputs = real.clone(), [], {}
@@ -103,27 +113,38 @@ def rewrite(
         encoder_outputs[modality] = family.container(modality, images, tokens)
         indices += selected[modality]
 
-    shortened = {name: value for name, value in call.items() if name not in family.modalities.values()}
     stay = kept | (spanned(real) & ~real)  # what the mask hides inside a prompt stays hidden where it is
-    numbers = _numbers(model, family, call, real, kept, positions, generating)
+    numbers = positions_of(
+        model, family, call, real, kept, positions=positions, generating=generating, are_packed=samples is not None
+    )
     latest = numbers.masked_fill(~real.to(numbers.device), -1).amax(dim=-1)  # [B], or with axes before
     next_position = latest.view(-1, len(real)).amax(dim=0) + 1
-    if not torch.equal(kept, real):  # else the text stays as it came: bit for bit the unpruned call
-        if positions == "original" or family.spells_positions:
+    if torch.equal(kept, real):  # the text stays as it came: bit for bit the unpruned call
+        shortened = without_pixels(family, whole)
+    else:
+        shortened = without_pixels(family, call)
+        if positions == "original" or family.spells_positions or call.get("position_ids") is not None or samples:
             shortened["position_ids"] = numbers
         if positions == "original" and call.get("attention_mask") is None:
             # Without a mask, attention reads a gap in the positions as the start of another packed sequence.
             shortened["attention_mask"] = real.long()
         # With labels, the loss is the model's and nobody counts columns of the logits from the end.
         places = new_columns(real, stay, left=generating, tight=call.get("labels") is not None)
-        shortened = laid_out(shortened, stay, places, _pad_token_id(model, family))
+        shortened = laid_out(shortened, stay, places, pad)
         shortened = family.place(model, shortened, next_position)
         shortened = {name: value for name, value in shortened.items() if name not in arguments}
+        if samples is not None:
+            shortened = packed(model, shortened, whole, pad)
     shortened["mm_encoder_outputs"] = encoder_outputs
     if embedded:
         del shortened["input_ids"]
     counts = tuple(len(index) for index in indices)
+    kept = kept if samples is None else kept[real][None]
     return shortened, Pruned(kept, tuple(indices), counts, next_position, options.scope, positions)
+
+
+def without_pixels(family: Family, call: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in call.items() if name not in family.modalities.values()}
 
 
 def with_ids(model: PreTrainedModel, family: Family, call: dict[str, Any]) -> dict[str, Any]:
@@ -134,7 +155,7 @@ def with_ids(model: PreTrainedModel, family: Family, call: dict[str, Any]) -> di
         return call
     if embeds.dim() != 3:
         raise ValueError(f"inputs_embeds must be a [B, S, D] tensor, got shape {list(embeds.shape)}")
-    ids = torch.full(embeds.shape[:2], _pad_token_id(model, family), device=embeds.device)
+    ids = torch.full(embeds.shape[:2], pad_token_id(model, family), device=embeds.device)
     for modality in family.modalities:
         token = torch.tensor(placeholder_id(model, modality), device=embeds.device)
         ids[(embeds == model.get_input_embeddings()(token)).all(dim=-1)] = token
@@ -262,31 +283,11 @@ def _check_placeholders(modality: str, placeholders: Tensor, real: Tensor, encod
         raise ValueError(f"attention_mask must not hide {modality} placeholders")
 
 
-def _numbers(
-    model: PreTrainedModel,
-    family: Family,
-    call: dict[str, Any],
-    real: Tensor,
-    kept: Tensor,
-    positions: str,
-    generating: bool,
-) -> Tensor:
-    """The position of every column: [B, S], or with axes before."""
-    given, lost = call.get("position_ids"), not torch.equal(kept, real)
-    if given is not None and lost and positions == "compact":
-        raise ValueError("position_ids must be left out with positions='compact'; positions='original' keeps them")
-    if given is not None:
-        return given
-    if lost and positions == "original":
-        return family.original_positions(model, call, real, generating)
-    return family.compact_positions(model, call, real, kept, generating)
-
-
 def placeholder_id(model: PreTrainedModel, modality: str) -> int:
     return getattr(model.config, f"{modality}_token_id")
 
 
-def _pad_token_id(model: PreTrainedModel, family: Family) -> int:
+def pad_token_id(model: PreTrainedModel, family: Family) -> int:
     """The model's padding token; any other text token where it has none, since padding is masked."""
     placeholders = {placeholder_id(model, modality) for modality in family.modalities}
     declared = [model.generation_config.pad_token_id, model.config.get_text_config().pad_token_id]

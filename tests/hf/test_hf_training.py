@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from transformers import DataCollatorWithFlattening
 
 import lvtp.hf
 
+from .members import LLAVA, QWENS
 from .oracle import relative_error
 from .tiny import visual
 from .tiny_llava import batch
@@ -51,3 +53,157 @@ def test_labels_let_a_batch_be_as_narrow_as_its_longest_prompt(model):
     labels = inputs["input_ids"].masked_fill(visual(inputs["input_ids"]), -100)
     narrow = lvtp.hf.prepare(model, {**inputs, "labels": labels}, keep=KEEP)["attention_mask"]
     assert narrow.tolist() == [[1] * 14, [1] * 9 + [0] * 5]
+
+
+# ------------------------------------------------------------------------------------------------------------- packing
+
+
+def packed(member, rows, inputs, **options):
+    """The prompts of a batch in one row, as transformers' collator packs them, and each of them alone."""
+    alone = [member.alone(rows, row, inputs) for row in range(len(inputs["input_ids"]))]
+    for sample in alone:
+        del sample["attention_mask"]
+        sample["labels"] = sample["input_ids"].clone()
+    features = [{name: sample[name][0].tolist() for name in ("input_ids", "labels")} for sample in alone]
+    row = dict(DataCollatorWithFlattening(return_tensors="pt", **options)(features))
+    for name, value in inputs.items():
+        if name == "mm_token_type_ids":
+            row[name] = torch.cat([sample[name] for sample in alone], dim=1)
+        elif value.shape != inputs["input_ids"].shape:
+            row[name] = value
+    return row, alone
+
+
+def check_packed(model, row, alone, **options):
+    """The logits of a packed row are those of its samples alone, and its loss is their mean over all labels."""
+    with torch.no_grad(), lvtp.hf.prune(model, **options) as pruning:
+        together, kept = model(**row), pruning.last.kept
+        outputs = [model(**sample) for sample in alone]
+    logits = torch.cat([out.logits for out in outputs], dim=1)
+    assert relative_error(together.logits, logits) <= 1e-5
+    counts = torch.tensor([out.logits.shape[1] - 1 for out in outputs])  # the first token is not predicted
+    losses = torch.stack([out.loss for out in outputs])
+    torch.testing.assert_close(together.loss, (losses * counts).sum() / counts.sum(), rtol=1e-5, atol=0)
+    assert kept.shape == row["input_ids"].shape
+    assert kept.sum() == logits.shape[1] < kept.numel()
+
+
+FLASH = {"return_flash_attn_kwargs": True}
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("told_by", ["position_ids", "cu_seq_lens", "seq_idx"])
+def test_a_packed_row_is_its_samples_alone(member, positions, told_by):
+    inputs = member.batch("ragged")
+    options = {"position_ids": {}, "cu_seq_lens": FLASH, "seq_idx": {"return_seq_idx": True}}[told_by]
+    row, alone = packed(member, "ragged", inputs, **options)
+    if told_by != "position_ids":
+        del row["position_ids"]
+    elif member.axes:  # these count tokens on one axis, in the unpruned model too
+        for sample in alone:
+            sample["position_ids"] = torch.arange(sample["input_ids"].shape[1])[None]
+    check_packed(member.model, row, alone, keep=KEEP, positions=positions)
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("axes", [3, 4])
+@pytest.mark.parametrize("member", QWENS, ids=lambda member: member.name)
+def test_a_packed_row_with_positions_on_all_axes(member, positions, axes):
+    model, inputs = member.model, member.batch("ragged")
+    row, alone = packed(member, "ragged", inputs)
+    numbers = []
+    for index, through in enumerate(sample["input_ids"].shape[1] for sample in alone):
+        call = member.alone("ragged", index, inputs)
+        known, _ = model.model.get_rope_index(**{name: call[name] for name in call if "pixel" not in name})
+        numbers.append(torch.cat([torch.arange(through).expand(1, 1, -1), known])[-axes:])
+    row["position_ids"] = torch.cat(numbers, dim=-1)
+    check_packed(model, row, alone, keep=KEEP, positions=positions)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_a_budget_is_that_of_a_sample_and_no_sample_predicts_the_next(positions, attention):
+    """The second sample begins with an image, of which the first token may drop."""
+    model = LLAVA.build(attention=attention)
+    rows = [[3, "image", 5], ["image", 4, "image", 2], [8]]
+    row, alone = packed(LLAVA, rows, LLAVA.tiny.batch(model, *rows, seed=1))
+    check_packed(model, row, alone, keep=lvtp.Budget(6), positions=positions)
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_attention_is_told_where_the_samples_are_now(member, positions):
+    """Kernels for rows of several lengths read by these, past the end of a row that is shorter."""
+    model, inputs = member.model, member.batch("ragged")
+    row, alone = packed(member, "ragged", inputs, return_seq_idx=True, **FLASH)
+    seen = []
+    layer = model.get_decoder().layers[0].self_attn
+    hook = layer.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    with torch.no_grad(), lvtp.hf.prune(model, keep=KEEP, positions=positions) as pruning:
+        model(**row)
+    hook.remove()
+    lengths = [part.sum() for part in pruning.last.kept[0].split([s["input_ids"].shape[1] for s in alone])]
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    for name in ("q", "k"):
+        assert seen[0][f"cu_seq_lens_{name}"].dtype == torch.int32
+        assert torch.equal(seen[0][f"cu_seq_lens_{name}"].long(), ends)
+        assert seen[0][f"max_length_{name}"] == max(lengths)
+    assert torch.equal(seen[0]["seq_idx"][0].bincount(), ends.diff())
+
+
+def test_keeping_everything_is_bitwise_the_unpruned_packed_row(member):
+    row, _ = packed(member, "ragged", member.batch("ragged"), **FLASH)
+    with torch.no_grad():
+        wanted = member.model(**row, use_cache=False)
+        with lvtp.hf.prune(member.model, keep=1.0) as pruning:
+            got = member.model(**row, use_cache=False)
+    assert torch.equal(got.logits, wanted.logits)
+    assert torch.equal(got.loss, wanted.loss)
+    assert pruning.last.kept.all()
+
+
+def test_info_counts_samples(model):
+    inputs = batch(model, [3, "image", 5], [2, "image", "image", 4])
+    row, _ = packed(LLAVA, [[3, "image", 5], [2, "image", "image", 4]], inputs)
+    wanted = lvtp.hf.info(model, inputs, keep=KEEP)
+    got = lvtp.hf.info(model, row, keep=KEEP)
+    assert got.prompt_tokens == wanted.prompt_tokens == ((24, 11), (38, 12))
+    assert got.prefill_flops == wanted.prefill_flops
+    assert [image.prompt for image in got.images] == [0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"cu_seq_lens_q": torch.tensor([0, 24, 60])},
+            r"cu_seq_lens_q must rise from 0 to the 62 tokens .* got \[0, 24",
+        ),
+        ({"cu_seq_lens_k": torch.tensor([0, 20, 62])}, "cu_seq_lens_k must equal cu_seq_lens_q"),
+        ({"seq_idx": torch.zeros(1, 9), "cu_seq_lens_q": None}, "seq_idx must have the shape of input_ids"),
+        ({"attention_mask": torch.ones(1, 62).tril(60)}, "attention_mask must be left out, or hide nothing"),
+    ],
+    ids=["end", "keys", "shape", "mask"],
+)
+def test_bad_bounds_raise(model, change, message):
+    rows = [[3, "image", 5], [2, "image", "image", 4]]
+    row, _ = packed(LLAVA, rows, batch(model, *rows), **FLASH)
+    row = {**row, **change}
+    calls = [lambda: lvtp.hf.prepare(model, row, keep=KEEP), lambda: lvtp.hf.info(model, row, keep=KEEP)]
+    with lvtp.hf.prune(model, keep=KEEP):
+        for call in (*calls, lambda: model(**row)):
+            with pytest.raises(ValueError, match=message):
+                call()
+
+
+def test_packed_samples_are_a_row_and_no_prompt_to_go_on_from(model):
+    rows = [[3, "image", 5], [2, "image", "image", 4]]
+    row, _ = packed(LLAVA, rows, batch(model, *rows))
+    with (
+        pytest.raises(ValueError, match="generate takes no packed samples, got 2 in one row"),
+        lvtp.hf.prune(model, keep=KEEP),
+    ):
+        model.generate(**{name: row[name] for name in row if name != "labels"}, max_new_tokens=1)
+    with pytest.raises(
+        ValueError, match="cu_seq_lens_q must be left out unless all samples are packed in one row, got 2"
+    ):
+        lvtp.hf.prepare(model, {**batch(model, *rows), "cu_seq_lens_q": torch.tensor([0, 24, 76])}, keep=KEEP)
