@@ -46,6 +46,31 @@ def test_crop_takes_the_middle_and_load_follows_exif(tmp_path):
     assert photo.load(tmp_path / "turned.png").size == (400, 1200)
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_sixteen_bit_grey_is_scaled_to_eight(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    ramp = np.linspace(0, 65535, 40 * 30).reshape(40, 30).astype(np.uint16)
+    Image.fromarray(ramp).save(tmp_path / "16.png", exif=exif)
+    Image.fromarray((ramp / 257).round().astype(np.uint8)).save(tmp_path / "8.png", exif=exif)
+    assert np.array_equal(photo.load(tmp_path / "16.png"), photo.load(tmp_path / "8.png"))
+
+
+def test_sixteen_bit_grey_of_other_formats(tmp_path):
+    values = np.array([[0, 257, 65535]], np.uint16)
+    (tmp_path / "g.pgm").write_bytes(b"P5 3 1 65535\n" + values.astype(">u2").tobytes())
+    Image.fromarray(values).save(tmp_path / "g.tif")
+    for name in ("g.pgm", "g.tif"):
+        assert np.asarray(photo.load(tmp_path / name))[0, :, 0].tolist() == [0, 1, 255]
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_grey_of_unknown_white_is_refused(tmp_path, dtype):
+    Image.fromarray(np.ones((4, 4), dtype)).save(tmp_path / "g.tif")
+    with pytest.raises(OSError, match="32-bit grey"):
+        photo.load(tmp_path / "g.tif")
+
+
 def test_normalise_is_clips():
     mean = torch.tensor(photo.CLIP_MEAN).view(3, 1, 1).expand(3, 2, 2)
     assert photo.normalise(mean).abs().max() == 0

@@ -128,3 +128,80 @@ def test_ranks_left_over_from_a_killed_torchrun_may_write_the_same_shards(tmp_pa
             assert file.read_bytes() == content
         [w.result() for w in writes]
     assert list(tmp_path.iterdir()) == [file]
+
+
+def saved(path: Path, array, orientation: int | None = None) -> None:
+    from PIL import Image
+
+    exif = Image.Exif()
+    if orientation:
+        exif[0x0112] = orientation
+    Image.fromarray(array).save(path, exif=exif)
+
+
+def test_every_kind_of_file_is_read_as_a_viewer_shows_it_or_skipped_with_the_reason(arguments, tmp_path, monkeypatch):
+    from safetensors.torch import load_file
+
+    numpy = pytest.importorskip("numpy")
+    rng, images, out = numpy.random.default_rng(0), tmp_path / "images", tmp_path / "out"
+    (images / "closed").mkdir(parents=True)
+    rgb = rng.integers(0, 256, (48, 40, 3), dtype=numpy.uint8)
+    saved(images / "upright.png", rgb)
+    saved(images / "turned.png", numpy.rot90(rgb), orientation=6)  # to be turned clockwise by a viewer
+    grey = rng.integers(0, 256, (40, 40), dtype=numpy.uint8)
+    saved(images / "grey8.png", grey)
+    saved(images / "grey16.png", grey.astype(numpy.uint16) * 257)
+    saved(images / "grey32.tif", grey.astype(numpy.float32))
+    saved(images / os.fsdecode(b"caf\xe9.png"), grey)
+    os.mkfifo(images / "pipe.png")
+    (images / "gone.png").symlink_to(tmp_path / "nowhere")
+    (images / "elsewhere").symlink_to(tmp_path)
+    scandir = os.scandir
+
+    def refuse(path):  # the tests may run as a user for whom no folder is closed
+        if os.fspath(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    runpy.run_path(str(EXAMPLE))["main"]([*arguments[:-1], str(images), str(out)])
+
+    manifest = json.loads((out / "manifest.json").read_text())
+    names = [name for shard in manifest["shards"].values() for name in shard]
+    assert names == sorted(["upright.png", "turned.png", "grey8.png", "grey16.png", os.fsdecode(b"caf\xe9.png")])
+    tokens = dict(zip(names, [t for f in manifest["shards"] for t in load_file(out / f)["tokens"]], strict=True))
+    assert (tokens["turned.png"] == tokens["upright.png"]).all()
+    assert (tokens["grey16.png"] == tokens["grey8.png"]).all()
+    skipped = manifest["skipped"]
+    assert set(skipped) == {"closed/", "elsewhere/", "gone.png", "grey32.tif", "pipe.png"}
+    assert "Permission denied" in skipped["closed/"]
+    assert "link to a folder" in skipped["elsewhere/"]
+    assert "No such file" in skipped["gone.png"]
+    assert "32-bit grey" in skipped["grey32.tif"]
+    assert "not a regular file" in skipped["pipe.png"]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--batch", "0"], "--batch: must be at least 1, got 0"),
+        (["--keep", "-1"], "--keep: must be at least 1, got -1"),
+        (["--shard", "0"], "--shard: must be at least 1, got 0"),
+        (["--workers", "-1"], "--workers: must be at least 0, got -1"),
+        (["--batch", "few"], "--batch: invalid integer value: 'few'"),
+        (["--keep", "17"], "--keep must be at most 16, the tokens of an image"),
+    ],
+)
+def test_options_out_of_range_are_named(arguments, tmp_path, capsys, option, message):
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(EXAMPLE))["main"]([*arguments, str(tmp_path / "out"), *option])
+    assert message in (capsys.readouterr().err if stopped.value.code == 2 else stopped.value.code)
+
+
+def test_folders_that_cannot_be_used_are_named(arguments, tmp_path):
+    main, absent, file = runpy.run_path(str(EXAMPLE))["main"], tmp_path / "absent", tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(SystemExit, match="absent cannot be read: FileNotFoundError: No such file"):
+        main([*arguments[:-1], str(absent), str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="file cannot be written to: "):
+        main([*arguments, str(file)])

@@ -3,9 +3,9 @@
 LLaVA-1.5's own processor would do, but it needs torchvision or a tokenizer; these few lines need neither.
 """
 
+import stat
 from pathlib import Path
 
-import matplotlib.cbook
 import numpy as np
 import torch
 from PIL import Image, ImageOps
@@ -22,13 +22,34 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 def sample_photo() -> Path:
     """The portrait of Rear Admiral Grace Hopper that matplotlib installs (public domain, US Navy)."""
+    import matplotlib.cbook  # here, because load() does without
+
     return Path(matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))
 
 
 def load(path: str | Path) -> Image.Image:
-    """RGB photograph, turned as its EXIF tag says. Raises OSError where there is no readable image."""
-    with Image.open(path) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+    """RGB photograph, turned as its EXIF tag says; 16 bits of grey become 8. Raises OSError where there is none.
+
+    So do a pipe, which would wait for its writer, and 32 bits of grey, of which nobody says where white is.
+    """
+    if not stat.S_ISREG(Path(path).stat().st_mode):
+        raise OSError("not a regular file")
+    try:
+        with Image.open(path) as image:
+            return _eight_bits(ImageOps.exif_transpose(image), image.format).convert("RGB")
+    except OSError:
+        raise
+    except Exception as error:  # a broken file makes Pillow raise anything
+        raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def _eight_bits(image: Image.Image, file_format: str | None) -> Image.Image:
+    """Pillow's own conversion of these modes clips at 255 instead of scaling."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and file_format in ("PNG", "PPM")):  # both up to 65535
+        return Image.fromarray((np.asarray(image, np.float32) / 257).round().astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise OSError(f"32-bit grey (mode {image.mode}): save it with 8 or 16 bits")
+    return image
 
 
 def crop(image: Image.Image) -> Image.Image:

@@ -70,7 +70,7 @@ def _photograph(path: Path | None) -> Image.Image:
     _say(f"Photograph {path.name}, cropped to {photo.SIDE} x {photo.SIDE}: {model.VISUAL_TOKENS} patches")
     try:
         return photo.crop(photo.load(path))
-    except (OSError, Image.DecompressionBombError) as error:
+    except OSError as error:
         raise DemoError(f"{path} is not a photograph that can be read: {error}.") from error
 
 
