@@ -7,6 +7,11 @@ softmax is taken again for the wanted rows only. The layer itself keeps running 
 Everything is computed in float32: an average rounded to bfloat16 leaves about 160 distinct values over 576 tokens.
 """
 
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -80,8 +85,30 @@ def _attention_rows(query: Tensor, key: Tensor, scale: float | None, visible: Te
         return logits.softmax(dim=-1)
 
 
+# To be held while a hook comes or goes: torch numbers hooks without a lock, and two threads could get the same number.
+HOOKING = threading.Lock()
+
+
+@contextmanager
+def observed(module: nn.Module, seen: Callable[[tuple, Any], None]) -> Iterator[None]:
+    """Calls `seen(args, output)` after every forward of `module` in this thread; what others call is theirs."""
+    thread = threading.get_ident()
+
+    def hook(_, args: tuple, output: Any) -> None:
+        if threading.get_ident() == thread:
+            seen(args, output)
+
+    with HOOKING:
+        handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        with HOOKING:
+            handle.remove()
+
+
 class AttentionTap:
-    """Records the queries and keys of one attention layer while the context is open; changes nothing.
+    """Records the queries and keys of one attention layer in this thread while the context is open; changes nothing.
 
     For layers that use `q_proj` and `k_proj` as they come (CLIP, SigLIP) or normed (InternVL); no rotary embedding.
 
@@ -98,20 +125,18 @@ class AttentionTap:
         }
         self._heads = heads
         self._recorded: dict[str, Tensor] = {}
-        self._hooks: list = []
+        self._observing = ExitStack()
 
     def __enter__(self) -> "AttentionTap":
         for name, projection in self._projections.items():
-            self._hooks.append(projection.register_forward_hook(self._recorder(name)))
+            self._observing.enter_context(observed(projection, self._recorder(name)))
         return self
 
     def __exit__(self, *exception) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        self._observing.close()
 
     def _recorder(self, name: str):
-        def record(module, args, output: Tensor) -> None:
+        def record(args: tuple, output: Tensor) -> None:
             self._recorded[name] = output.detach().unflatten(-1, (self._heads, -1)).transpose(1, 2)
 
         return record

@@ -98,7 +98,6 @@ class PrunedModel(lmms):
         temperature = settings.get("temperature") or 0
         sample = temperature > 0 and settings.get("do_sample", True)
         tokenizer = self.processor.tokenizer
-        self._pruning.last = None
         tokens = self.model.generate(
             **inputs,
             max_new_tokens=settings.get("max_new_tokens", 1024),

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
 # Newest first; `outputs` of a model have the same names. "cache" is from 5.24, where "past_key_values" is taken until
@@ -24,3 +25,9 @@ def given(call: Mapping[str, Any], argument: str) -> Any:
 def returned(outputs: ModelOutput, field: str) -> Any:
     """The value of `field` under the name that the installed transformers has for it; None if there is none."""
     return next((getattr(outputs, name) for name in _NAMES.get(field, (field,)) if hasattr(outputs, name)), None)
+
+
+def filled_cache(call: Mapping[str, Any]) -> Cache | None:
+    """The key-value cache of an earlier turn that the call continues, if any."""
+    cache = given(call, "cache")
+    return cache if cache is not None and cache.get_seq_length() > 0 else None

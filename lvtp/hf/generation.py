@@ -1,6 +1,7 @@
 """What `generate` needs around a shortened prompt: length limits, the prompt in its output, and the turn after."""
 
 import copy
+import threading
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +15,9 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from lvtp.hf.arguments import given, name_in, returned
+from lvtp.hf.arguments import filled_cache, given, name_in, returned
 from lvtp.hf.rewrite import Pruned
+from lvtp.importance import HOOKING
 
 # Told by the function that cuts encoded images into chunks.
 CHUNKS_HOLD_IMAGES = hasattr(transformers.generation.utils, "_slice_mm_encoder_output")
@@ -67,24 +69,28 @@ def restore_prompt(outputs: Tensor | ModelOutput, prompt: Tensor, pruned_length:
 
 @contextmanager
 def always_masked(model: PreTrainedModel):
-    """Gives every forward call a mask.
+    """Gives every forward call of this thread a mask.
 
     `generate` drops one that is all ones; with the cache off, attention then reads the gaps of original positions as
     the starts of packed sequences.
     """
 
+    thread = threading.get_ident()
+
     def add_mask(module, args, kwargs):
-        if kwargs.get("attention_mask") is None:
+        if threading.get_ident() == thread and kwargs.get("attention_mask") is None:
             ids = kwargs.get("input_ids")
             like = kwargs["inputs_embeds"][..., 0] if ids is None else ids  # [B, S]
             kwargs["attention_mask"] = torch.ones_like(like, dtype=torch.long)
         return args, kwargs
 
-    hook = model.register_forward_pre_hook(add_mask, with_kwargs=True)
+    with HOOKING:
+        hook = model.register_forward_pre_hook(add_mask, with_kwargs=True)
     try:
         yield
     finally:
-        hook.remove()
+        with HOOKING:
+            hook.remove()
 
 
 @dataclass(frozen=True)
@@ -122,12 +128,6 @@ def remember_cache(call: dict[str, Any], outputs: Tensor | ModelOutput, pruned: 
     skipped = pruned.next_position - pruned.kept.sum(dim=1)  # [B]
     skipped = skipped.repeat_interleave(sequences.shape[0] // len(skipped))
     _CACHED_PROMPTS[cache] = _CachedPrompt(skipped, restored)
-
-
-def filled_cache(call: dict[str, Any]) -> Cache | None:
-    """The key-value cache of an earlier turn that the call continues, if any."""
-    cache = given(call, "cache")
-    return cache if cache is not None and cache.get_seq_length() > 0 else None
 
 
 def forget_emptied(call: dict[str, Any]) -> None:

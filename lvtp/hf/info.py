@@ -18,6 +18,7 @@ from lvtp.hf.packing import sample_lengths, unpacked
 from lvtp.hf.rewrite import (
     check_call,
     check_count,
+    check_unseen,
     encoder_arguments,
     has_pixels,
     pad_token_id,
@@ -99,6 +100,8 @@ def info(
     options = Options(method, keep, score, positions, scope, newline)
     model = unwrapped(model)
     family = family_of(model, options)
+    if not has_pixels(family, inputs):
+        check_unseen(model, family, inputs)
     call = with_ids(model, family, dict(inputs))
     check_call(call)
     if (samples := sample_lengths(call)) is not None:

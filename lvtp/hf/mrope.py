@@ -64,8 +64,6 @@ class MRope(Family):
             raise ValueError(f"{modality}_grid_thw must be given beside {self.modalities[modality]}, got none")
         with ExitStack() as stack:
             if not callable(score):
-                # Code that was compiled before does not call what watches its attention.
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
                 layer = tower.blocks[self.scored_layer(tower.config)].attn
                 received = stack.enter_context(received_by_segment(layer))
             outputs = getattr(core, f"get_{modality}_features")(**arguments, return_dict=True)

@@ -1,24 +1,35 @@
-"""Pruning installed on one model: its calls and its `generate` are rewritten, and nothing is left behind after.
+"""Pruning of one model: what its calls and its `generate` do instead, and the functions that begin and end it."""
 
-A forward hook alone would not do: `generate` encodes the images itself, before the first forward.
-"""
-
-import functools
-import inspect
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from types import MethodType
-from typing import Any
-from weakref import WeakKeyDictionary, ref
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ContextDecorator, ExitStack
+from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
-from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from lvtp.hf import generation
+from lvtp.hf.arguments import filled_cache
 from lvtp.hf.families import family_of, unwrapped
+from lvtp.hf.installed import before_tuner, install, uninstall
 from lvtp.hf.options import Keep, Method, Options, Score
-from lvtp.hf.rewrite import Pruned, has_pixels, rewrite
+from lvtp.hf.rewrite import Pruned, check_unseen, has_pixels, rewrite
+from lvtp.importance import HOOKING
+
+
+class _Latest(NamedTuple):
+    """What a call left behind for those after it."""
+
+    pruned: Pruned | None
+    removed: int  # columns that the latest prompt with images lost
+
+
+class _Here(threading.local):
+    """What concerns the calls of one thread alone."""
+
+    latest: _Latest | None = None  # None: it has made no call
+    generating: bool = False  # inside `generate`, which calls the model itself
 
 
 class Pruning:
@@ -26,69 +37,96 @@ class Pruning:
 
     Attributes:
         options: what was asked for.
-        last: what the latest call with images kept; None before the first one.
+        thread: the one that began it.
     """
 
     def __init__(self, model: PreTrainedModel, options: Options):
         self.options = options
-        self.last: Pruned | None = None
-        self._removed = 0  # columns that the latest prompt lost
+        self._latest = _Latest(None, removed=0)  # of any thread
+        self._here = _Here()
+        self.thread = threading.current_thread()
         base = unwrapped(model)
         self._family = family_of(base, options)
         self._model = ref(base)
         self._tuner_hook = None
         if base is not model and model.base_model is not base:
             # What a PeftModel has around the model; before PEFT 0.21 that calls `forward`, past the model's hooks.
-            self._tuner_hook = model.base_model.register_forward_pre_hook(_before_tuner, with_kwargs=True)
-        if base not in _INSTALLED:
-            _INSTALLED[base] = _Installed(base)
-        _INSTALLED[base].prunings.append(self)
+            with HOOKING:
+                self._tuner_hook = model.base_model.register_forward_pre_hook(before_tuner, with_kwargs=True)
+        install(base, self)
 
     def remove(self) -> None:
         """Ends it; a second call does nothing. Several on one model may end in any order."""
-        if self._tuner_hook is not None:
-            self._tuner_hook.remove()
+        with HOOKING:
+            if self._tuner_hook is not None:
+                self._tuner_hook.remove()
         model = self._model()
-        installed = _INSTALLED.get(model) if model is not None else None
-        if installed is not None and self in installed.prunings:
-            installed.prunings.remove(self)
-            if not installed.prunings:
-                installed.uninstall(model)
+        if model is not None:
+            uninstall(model, self)
 
-    def _forward(self, model: PreTrainedModel, call: dict[str, Any]) -> dict[str, Any]:
+    @property
+    def last(self) -> Pruned | None:
+        """What the latest prompt kept; None before the first one, and after one without images.
+
+        It is the latest prompt of the thread that asks. A thread that has made no call is told the latest of any.
+        """
+        return (self._here.latest or self._latest).pruned
+
+    def _note(self, pruned: Pruned | None, removed: int | None = None) -> None:
+        removed = (self._here.latest or self._latest).removed if removed is None else removed
+        self._here.latest = self._latest = _Latest(pruned, removed)
+
+    def forward(self, model: PreTrainedModel, call: dict[str, Any]) -> dict[str, Any]:
         """The arguments for `model.forward` instead of `call`."""
         generation.forget_emptied(call)
         if not has_pixels(self._family, call):
+            self._without_pixels(model, call)
             return self._continued(call)
-        return self._rewritten(model, call)
+        return self._rewritten(model, call)[0]
 
-    def _rewritten(self, model: PreTrainedModel, call: dict[str, Any], **purpose) -> dict[str, Any]:
+    def _rewritten(self, model: PreTrainedModel, call: dict[str, Any], **purpose) -> tuple[dict[str, Any], Pruned]:
         given = "inputs_embeds" if call.get("input_ids") is None else "input_ids"
         before = call.get(given)
-        call, self.last = rewrite(model, self._family, call, self.options, **purpose)
-        self._removed = before.shape[1] - call[given].shape[1]
-        return call
+        call, pruned = rewrite(model, self._family, call, self.options, **purpose)
+        self._note(pruned, removed=before.shape[1] - call[given].shape[1])
+        return call, pruned
+
+    def _without_pixels(self, model: PreTrainedModel, call: dict[str, Any]) -> Pruned | None:
+        """Looks at a call that has nothing to encode; returns what it kept if it comes from `prepare`."""
+        if self._here.generating or filled_cache(call) is not None:
+            return None
+        pruned = getattr(call.get("mm_encoder_outputs"), "pruned", None)
+        self._note(pruned)
+        check_unseen(model, self._family, call)
+        return pruned
 
     def _continued(self, call: dict[str, Any], whole: bool = False) -> dict[str, Any]:
         """A call without images, which may go on from a cache."""
         by_itself = self._family.continues_by_itself
         ours = self._family.positions(self.options) == "original" and not by_itself
+        removed = (self._here.latest or self._latest).removed
         return generation.continue_positions(
-            call, whole, self._removed, must_be_known=ours and self._removed > 0, from_latest=by_itself
+            call, whole, removed, must_be_known=ours and removed > 0, from_latest=by_itself
         )
 
     @torch.no_grad()
-    def _generate(self, original: Callable, model: PreTrainedModel, call: dict[str, Any]):
+    def generate(self, original: Callable, model: PreTrainedModel, call: dict[str, Any]):
         """What `model.generate` does instead of `original(**call)`."""
+        original = self._noted(original)
         positions = self._family.positions(self.options)
         generation.forget_emptied(call)
         if not has_pixels(self._family, call):
             generation.check_continued_prompt(call)
-            return generation.unpruned(original, self._continued(call, whole=True))
+            prepared = self._without_pixels(model, call)
+            if prepared is None:
+                return generation.unpruned(original, self._continued(call, whole=True))
+            outputs = original(**call)
+            generation.remember_cache(call, outputs, prepared, restored=False)
+            return outputs
         generation.check_chunks(model, call)
         given = "inputs_embeds" if call.get("input_ids") is None else "input_ids"
         prompt = call.get(given)
-        call = self._rewritten(model, call, generating=True)
+        call, pruned = self._rewritten(model, call, generating=True)
         if call[given] is prompt:  # everything was kept
             return generation.unpruned(original, call)
 
@@ -101,10 +139,22 @@ class Pruning:
             outputs = original(**call)
         # The output of a prompt of embeddings holds the new tokens alone.
         restored = self.options.restore_prompt and given == "input_ids"
-        generation.remember_cache(call, outputs, self.last, restored)
+        generation.remember_cache(call, outputs, pruned, restored)
         if restored:
             outputs = generation.restore_prompt(outputs, prompt, pruned_length)
         return outputs
+
+    def _noted(self, original: Callable) -> Callable:
+        """`original`, and it is noted that what calls the model meanwhile is `generate`."""
+
+        def generate(**call):
+            before, self._here.generating = self._here.generating, True
+            try:
+                return original(**call)
+            finally:
+                self._here.generating = before
+
+        return generate
 
 
 def patch(
@@ -126,7 +176,6 @@ def patch(
     return Pruning(model, Options(method, keep, score, positions, scope, newline, restore_prompt))
 
 
-@contextmanager
 def prune(
     model: PreTrainedModel,
     method: Method = "id_selection",
@@ -137,12 +186,11 @@ def prune(
     scope: str = "image",
     newline: str | None = None,
     restore_prompt: bool = True,
-) -> Iterator[Pruning]:
+) -> AbstractContextManager[Pruning]:
     """Prunes the visual tokens of every `model(...)` and `model.generate(...)` inside the context.
 
-    The language model reads a shorter prompt: logits, loss and cache are those of the shorter one. Where several are
-    nested on one model, the innermost counts. Calls without images, and all calls where `keep` covers every token, give
-    what the unpruned model gives, bit for bit.
+    The language model reads a shorter prompt: logits, loss and cache are those of the shorter one. Calls without
+    images, and all calls where `keep` covers every token, give what the unpruned model gives, bit for bit.
 
     Samples packed into one row, told by `position_ids` that start again, `cu_seq_lens_q` or `seq_idx`, are pruned as if
     each were alone, and none reads another; that row has no cache.
@@ -174,6 +222,11 @@ def prune(
             on from a cache that `generate` filled, turn it off: the cache holds the pruned prompt. Stopping criteria,
             logits processors and streamers see the pruned prompt either way.
 
+    Any number of threads may call the model, and open contexts of their own on it: of several, the innermost that the
+    calling thread opened counts. A thread that opened none, such as one started inside a context, prunes as the thread
+    does that was the first to open one. What `prune` returns may be entered again. (`patch` is the same, from its call
+    to `remove`.)
+
     Yields:
         A `Pruning`; its `last` says what the latest call kept.
 
@@ -182,88 +235,26 @@ def prune(
         ValueError: an argument here, or of a call inside, that pruning cannot serve; the message names it.
         RuntimeError: from the selector.
     """
-    pruning = patch(
-        model,
-        method,
-        keep,
-        score=score,
-        positions=positions,
-        scope=scope,
-        newline=newline,
-        restore_prompt=restore_prompt,
-    )
-    try:
-        yield pruning
-    finally:
-        pruning.remove()
+    return _Prune(model, Options(method, keep, score, positions, scope, newline, restore_prompt))
 
 
-class _Installed:
-    """The forward hook and the `generate` of one model, shared by all its prunings; the last of `prunings` counts.
+class _Opened(threading.local):
+    """The prunings that one thread entered and has not left."""
 
-    Both find the prunings through the model they are called on, so a deep copy of a patched model is an unpatched one.
-    """
-
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self):
         self.prunings: list[Pruning] = []
-        # from_pretrained puts a `generate` of the checkpoint's own on the instance, if it has one.
-        self._own_generate = model.__dict__.get("generate")
-        self._hook = model.register_forward_pre_hook(_before_forward, with_kwargs=True, prepend=True)
-        self._generate = _generate_of(type(model), self._own_generate)
-        model.generate = MethodType(self._generate, model)
-
-    def uninstall(self, model: PreTrainedModel) -> None:
-        self._hook.remove()
-        del _INSTALLED[model]
-        # Somebody else may have wrapped ours meanwhile: then it stays, and passes every call on.
-        if getattr(model.__dict__.get("generate"), "__func__", None) is self._generate:
-            del model.generate
-            if self._own_generate is not None:
-                model.generate = self._own_generate
 
 
-_INSTALLED: WeakKeyDictionary[PreTrainedModel, _Installed] = WeakKeyDictionary()
+class _Prune(ContextDecorator):
+    """What `prune` returns: it may be entered any number of times, also inside itself and from several threads."""
 
+    def __init__(self, model: PreTrainedModel, options: Options):
+        family_of(unwrapped(model), options)  # raises
+        self._model, self._options, self._opened = model, options, _Opened()
 
-def _before_forward(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]):
-    # The steps of generate bring positions and no pixels; they go straight through, which torch.compile can trace.
-    if not args and kwargs.get("position_ids") is not None and not any(name.startswith("pixel") for name in kwargs):
-        return None
-    installed = _INSTALLED.get(model)
-    if installed is None:
-        return None
-    return (), installed.prunings[-1]._forward(model, _named(type(model).forward, model, args, kwargs))
+    def __enter__(self) -> Pruning:
+        self._opened.prunings.append(Pruning(self._model, self._options))
+        return self._opened.prunings[-1]
 
-
-def _before_tuner(tuner: nn.Module, args: tuple, kwargs: dict[str, Any]):
-    return _before_forward(tuner.model, args, kwargs)
-
-
-def _generate_of(model_class: type[PreTrainedModel], own: Callable | None) -> Callable:
-    # generate's signature is part of its interface: transformers and its users inspect it.
-    @functools.wraps(model_class.generate)
-    def generate(model: PreTrainedModel, *args, **kwargs):
-        original = own or MethodType(model_class.generate, model)
-        installed = _INSTALLED.get(model)
-        if installed is None:
-            return original(*args, **kwargs)
-        call = _named(model_class.generate, model, args, kwargs)
-        if call.get("input_ids") is None and call.get("inputs") is not None:
-            call["input_ids"] = call.pop("inputs")
-        return installed.prunings[-1]._generate(original, model, call)
-
-    return generate
-
-
-def _named(method: Callable, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a call by name."""
-    if not args:
-        return dict(kwargs)
-    signature = inspect.signature(method)
-    named = dict(signature.bind_partial(model, *args, **kwargs).arguments)
-    receiver, *_ = signature.parameters
-    named.pop(receiver)
-    for parameter in signature.parameters.values():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            named.update(named.pop(parameter.name, {}))
-    return named
+    def __exit__(self, *exception) -> None:
+        self._opened.prunings.pop().remove()

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import PreTrainedModel
 
-from lvtp.hf.arguments import given, name_in
+from lvtp.hf.arguments import filled_cache, name_in
 from lvtp.hf.families import family_of, unwrapped
 from lvtp.hf.family import Encoded, Family
 from lvtp.hf.options import Keep, Method, Options, Score
@@ -32,6 +33,12 @@ class Pruned:
     next_position: Tensor  # int64 [B]: the position of the token after the prompt; of each sample of a packed row
     scope: str
     positions: str  # "compact" or "original"
+
+
+class PrunedOutputs(dict[str, ModelOutput]):
+    """The encoded images of a call, by modality, after pruning: what tells it from a call that was never pruned."""
+
+    pruned: Pruned
 
 
 def prepare(
@@ -70,7 +77,36 @@ def prepare(
     options = Options(method, keep, score, positions, scope, newline)
     model = unwrapped(model)
     family, call = family_of(model, options), dict(inputs)
-    return rewrite(model, family, call, options)[0] if has_pixels(family, call) else call
+    if has_pixels(family, call):
+        return rewrite(model, family, call, options)[0]
+    check_unseen(model, family, call)
+    return call
+
+
+def check_unseen(model: PreTrainedModel, family: Family, call: Mapping[str, Any]) -> None:
+    """Raises for a prompt without pixels that may hold visual tokens nevertheless: they would stay unpruned."""
+    outputs = call.get("mm_encoder_outputs") or {}
+    if filled_cache(call) is not None or isinstance(outputs, PrunedOutputs):
+        return
+    if any(encoded is not None for encoded in outputs.values()):
+        raise ValueError(
+            f"mm_encoder_outputs must be left out and {' or '.join(family.modalities.values())} given, which pruning "
+            "encodes itself; only what lvtp.hf.prepare returns is taken, for it is pruned"
+        )
+    if call.get("inputs_embeds") is None:
+        return
+    if call.get("input_ids") is not None:
+        tokens = [placeholder_id(model, modality) for modality in family.modalities]
+        visual = any(bool((call["input_ids"] == token).any()) for token in tokens)
+    else:
+        types = call.get("mm_token_type_ids")
+        visual = types is None or bool(types.any())
+    if visual:
+        raise ValueError(
+            f"inputs_embeds must come with {' or '.join(family.modalities.values())}, and hold the embeddings of "
+            "placeholders where they go: visual tokens that are merged into them already cannot be pruned, nor told "
+            "from text"
+        )
 
 
 def has_pixels(family: Family, call: Mapping[str, Any]) -> bool:
@@ -135,12 +171,13 @@ def rewrite(
         shortened = {name: value for name, value in shortened.items() if name not in arguments}
         if samples is not None:
             shortened = packed(model, shortened, whole, pad)
-    shortened["mm_encoder_outputs"] = encoder_outputs
+    shortened["mm_encoder_outputs"] = encoder_outputs = PrunedOutputs(encoder_outputs)
     if embedded:
         del shortened["input_ids"]
     counts = tuple(len(index) for index in indices)
     kept = kept if samples is None else kept[real][None]
-    return shortened, Pruned(kept, tuple(indices), counts, next_position, options.scope, positions)
+    encoder_outputs.pruned = Pruned(kept, tuple(indices), counts, next_position, options.scope, positions)
+    return shortened, encoder_outputs.pruned
 
 
 def without_pixels(family: Family, call: dict[str, Any]) -> dict[str, Any]:
@@ -179,8 +216,8 @@ def check_call(call: dict[str, Any]) -> None:
         raise ValueError(
             "logits_to_keep must be an int when pruning, got a tensor (its indices are of the unpruned prompt)"
         )
-    cache = given(call, "cache")
-    if cache is not None and cache.get_seq_length() > 0:
+    cache = filled_cache(call)
+    if cache is not None:
         raise ValueError(
             f"{name_in(call, 'cache')} must be empty when pixels are given, got {int(cache.get_seq_length())} tokens: "
             "images can be pruned in the first turn only"

@@ -5,14 +5,14 @@ from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import PreTrainedModel
 
 from lvtp.hf.family import Family, Size
 from lvtp.hf.options import Options, Score
-from lvtp.importance import AttentionTap, cls_attention, received_attention
+from lvtp.hf.threads import uncompiled
+from lvtp.importance import AttentionTap, cls_attention, observed, received_attention
 
 # Towers whose queries and keys leave q_proj and k_proj, or the norms after them, as the attention uses them; the value:
 # has it a CLS token, at position 0.
@@ -76,10 +76,12 @@ def encode_with_tower(
     core = model.base_model
     strategy = _strategy(model, arguments)
     with ExitStack() as stack:
-        # Code that was compiled before a hook came does not call it.
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(uncompiled())
         stack.enter_context(_loaded(core))
-        projector = stack.enter_context(_recorded(core.multi_modal_projector))
+        through: list[tuple[Tensor, Tensor]] = []  # what goes into the projector, and what comes out
+        stack.enter_context(
+            observed(core.multi_modal_projector, lambda args, output: through.append((args[0], output)))
+        )
         if not callable(score):
             layer = arguments.get("vision_feature_layer")
             layer = core.config.vision_feature_layer if layer is None else layer
@@ -87,7 +89,7 @@ def encode_with_tower(
             tap = stack.enter_context(AttentionTap(attention, attention.num_heads))
         outputs = getattr(core, f"get_{modality}_features")(**arguments, return_dict=True)
 
-    (features, projected), *_ = projector
+    (features, projected), *_ = through
     features = features.detach()
     if callable(score):
         return Seen(outputs, projected, features, called(score, features))
@@ -156,14 +158,3 @@ def _loaded(module: nn.Module):
     finally:
         if hook is not None:
             hook.post_forward(module, None)
-
-
-@contextmanager
-def _recorded(module: nn.Module):
-    """Records the first positional input and the output of every call of `module`."""
-    recorded: list[tuple[Tensor, Tensor]] = []
-    hook = module.register_forward_hook(lambda _, args, output: recorded.append((args[0], output)))
-    try:
-        yield recorded
-    finally:
-        hook.remove()

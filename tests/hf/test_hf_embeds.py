@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import lvtp.hf
 
@@ -87,3 +88,72 @@ def test_without_a_cache(call):
     options = {"max_new_tokens": 3, "use_cache": False}
     with lvtp.hf.prune(model, keep=KEEP, positions="original"):
         assert torch.equal(model.generate(**embedded, **options), model.generate(**inputs, **options)[:, width:])
+
+
+def merged(model, inputs):
+    """The embeddings of a prompt with its images in their places, as the language model reads them."""
+    seen = []
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    with torch.no_grad():
+        model(**inputs)
+    hook.remove()
+    return seen[0]
+
+
+def unseen(member):
+    """Calls whose images were encoded before: name -> (arguments, the argument that is refused)."""
+    model, inputs = member.model, member.batch("single")
+    along = {name: inputs[name] for name in ("input_ids", "attention_mask", "mm_token_type_ids") if name in inputs}
+    features = BaseModelOutputWithPooling(pooler_output=[torch.zeros(16, 32)])
+    embedded = {"inputs_embeds": merged(model, inputs), "attention_mask": inputs["attention_mask"]}
+    return {
+        "outputs": ({**along, "mm_encoder_outputs": {"image": features}}, "mm_encoder_outputs must be left out and"),
+        "embeddings": (embedded, "inputs_embeds must come with"),
+        "embeddings of known positions": ({**embedded, "position_ids": torch.arange(4)[None]}, "inputs_embeds must"),
+        "embeddings and ids": ({**embedded, **along}, "inputs_embeds must come with"),
+    }
+
+
+@pytest.mark.parametrize("what", ["outputs", "embeddings", "embeddings of known positions", "embeddings and ids"])
+def test_images_that_were_encoded_before_raise(member, what):
+    model, (call, message) = member.model, unseen(member)[what]
+    for function in (lvtp.hf.prepare, lvtp.hf.info):
+        with pytest.raises(ValueError, match=message):
+            function(model, call, keep=KEEP)
+    for run in (model.__call__, model.generate):
+        with lvtp.hf.prune(model, keep=KEEP) as pruning, torch.no_grad():
+            model(**member.batch("single"))
+            assert pruning.last is not None
+            with pytest.raises(ValueError, match=message):
+                run(**call)
+            assert pruning.last is None
+
+
+def test_what_prepare_returns_is_pruned_once(member):
+    model, inputs = member.model, member.batch("single")
+    prepared = lvtp.hf.prepare(model, inputs, keep=KEEP)
+    with torch.no_grad():
+        wanted = model(**prepared).logits
+        with lvtp.hf.prune(model, keep=3) as pruning:
+            assert torch.equal(model(**prepared).logits, wanted)
+            assert set(pruning.last.counts) == {KEEP}
+            model(**inputs)
+            assert set(pruning.last.counts) == {3}
+            model.generate(**lvtp.hf.prepare(model, inputs, keep=KEEP), max_new_tokens=1)
+            assert set(pruning.last.counts) == {KEEP}
+
+
+def test_last_is_of_the_latest_prompt(member):
+    model, text = member.model, member.tiny.batch(member.model, [9])
+    embedded = {**text, "inputs_embeds": model.get_input_embeddings()(text["input_ids"]).detach()}
+    with lvtp.hf.prune(model, keep=KEEP, restore_prompt=False) as pruning, torch.no_grad():
+        for run, call in ((model.__call__, text), (model.generate, text), (model.generate, embedded)):
+            one = model.generate(**member.batch("single"), max_new_tokens=3, return_dict_in_generate=True)
+            kept = pruning.last
+            assert kept is not None
+            model(input_ids=text["input_ids"][:, :2], past_key_values=one.past_key_values)
+            assert pruning.last is kept  # a later turn of the same prompt
+            run(**call, **({"max_new_tokens": 3} if run == model.generate else {}))
+            assert pruning.last is None  # another prompt, without images
