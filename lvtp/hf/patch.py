@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 from weakref import ref
 
 import torch
+from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
-from lvtp.hf import generation
+from lvtp.hf import generation, training
 from lvtp.hf.arguments import filled_cache
 from lvtp.hf.families import family_of, unwrapped
 from lvtp.hf.installed import before_tuner, install, uninstall
@@ -82,7 +83,23 @@ class Pruning:
         if not has_pixels(self._family, call):
             self._without_pixels(model, call)
             return self._continued(call)
-        return self._rewritten(model, call)[0]
+        call, pruned = self._rewritten(model, call)
+        if pruned.columns is not None and call.get("labels") is not None and not torch.is_grad_enabled():
+            training.warn_of_columns()
+        return call
+
+    def in_step(self, logits: Tensor | tuple, labels: Tensor) -> Tensor:
+        """The logits of the latest `model(...)` in step with its labels; for Trainer's `preprocess_logits_for_metrics`.
+
+        Args:
+            logits: [B, S', ...], or a tuple that begins with them.
+            labels: [B, S], or wider.
+
+        Returns:
+            [B, S, ...]: column i predicts label i + 1, as it does unpruned; where a token was dropped, it is that of
+            the last one before it.
+        """
+        return training.in_step(logits, labels, None if self.last is None else self.last.columns)
 
     def _rewritten(self, model: PreTrainedModel, call: dict[str, Any], **purpose) -> tuple[dict[str, Any], Pruned]:
         given = "inputs_embeds" if call.get("input_ids") is None else "input_ids"
@@ -191,6 +208,11 @@ def prune(
 
     The language model reads a shorter prompt: logits, loss and cache are those of the shorter one. Calls without
     images, and all calls where `keep` covers every token, give what the unpruned model gives, bit for bit.
+
+    The loss is the mean over the labels that are left, also where a trainer gives `num_items_in_batch`, its count over
+    all calls of a step: that is scaled by the share of this call's labels that is left, which gives the mean over the
+    step where its calls keep equal shares (one call; or placeholders labelled -100), and else one in which every call
+    weighs what it does unpruned. `Pruning.in_step` lines the logits up with the labels that a trainer has.
 
     Samples packed into one row, told by `position_ids` that start again, `cu_seq_lens_q` or `seq_idx`, are pruned as if
     each were alone, and none reads another; that row has no cache.

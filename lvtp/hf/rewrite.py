@@ -19,7 +19,8 @@ from lvtp.hf.packing import packed, sample_lengths, unpacked
 from lvtp.hf.positions import positions_of
 from lvtp.hf.prompt import attention_of_the_last_token
 from lvtp.hf.selection import budgets, select
-from lvtp.hf.sequence import laid_out, new_columns, real_tokens, spanned
+from lvtp.hf.sequence import columns_of, laid_out, new_columns, numbered, real_tokens, spanned
+from lvtp.hf.training import rescaled
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,9 @@ class Pruned:
     next_position: Tensor  # int64 [B]: the position of the token after the prompt; of each sample of a packed row
     scope: str
     positions: str  # "compact" or "original"
+    # int64 [B, S]: where the tokens of the original prompt are in the pruned one; of those dropped, the last token
+    # before them. None if everything was kept.
+    columns: Tensor | None
 
 
 class PrunedOutputs(dict[str, ModelOutput]):
@@ -156,7 +160,7 @@ def rewrite(
     latest = numbers.masked_fill(~real.to(numbers.device), -1).amax(dim=-1)  # [B], or with axes before
     next_position = latest.view(-1, len(real)).amax(dim=0) + 1
     if torch.equal(kept, real):  # the text stays as it came: bit for bit the unpruned call
-        shortened = without_pixels(family, whole)
+        shortened, columns = without_pixels(family, whole), None
     else:
         shortened = without_pixels(family, call)
         if positions == "original" or family.spells_positions or call.get("position_ids") is not None or samples:
@@ -169,14 +173,16 @@ def rewrite(
         shortened = laid_out(shortened, stay, places, pad)
         shortened = family.place(model, shortened, next_position)
         shortened = {name: value for name, value in shortened.items() if name not in arguments}
+        columns = columns_of(stay, places)
         if samples is not None:
-            shortened = packed(model, shortened, whole, pad)
+            shortened, columns = packed(model, shortened, whole, pad), numbered(kept[real][None])
+        shortened |= rescaled(whole, shortened)
     shortened["mm_encoder_outputs"] = encoder_outputs = PrunedOutputs(encoder_outputs)
     if embedded:
         del shortened["input_ids"]
     counts = tuple(len(index) for index in indices)
     kept = kept if samples is None else kept[real][None]
-    encoder_outputs.pruned = Pruned(kept, tuple(indices), counts, next_position, options.scope, positions)
+    encoder_outputs.pruned = Pruned(kept, tuple(indices), counts, next_position, options.scope, positions, columns)
     return shortened, encoder_outputs.pruned
 
 

@@ -58,6 +58,11 @@ def new_columns(real: Tensor, stay: Tensor, *, left: bool, tight: bool) -> Tenso
     return (column >= width - after - lengths) & (column < width - after)
 
 
+def columns_of(stay: Tensor, places: Tensor) -> Tensor:
+    """int64 [B, S]: where each column went that stays, by row at `places` [B, S']; for the others, the last before."""
+    return numbered(stay) + places.int().argmax(dim=1, keepdim=True)
+
+
 def laid_out(call: dict[str, Any], taken: Tensor, places: Tensor, pad_token_id: int) -> dict[str, Any]:
     """The call with the `taken` tokens, bool [B, S], of every tensor along its prompts at `places`, bool [B', S'].
 

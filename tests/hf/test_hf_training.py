@@ -8,24 +8,11 @@ import lvtp.hf
 
 from .members import LLAVA, QWENS
 from .oracle import relative_error
-from .tiny import visual
+from .tiny import visual, with_completions
 from .tiny_llava import batch
 
 KEEP = 3
 POSITIONS = ("compact", "original")
-
-
-def with_completions(inputs, lengths):
-    """The prompts, padded on the left; after each, a completion of that many random tokens, padded on the right."""
-    generator = torch.Generator().manual_seed(5)
-    new = torch.randint(2, 100, (len(lengths), max(lengths)), generator=generator)
-    new = torch.nn.functional.pad(new, (0, 1))  # a column that none fills
-    mask = (torch.arange(new.shape[1]) < torch.tensor(lengths)[:, None]).long()
-    added = {"input_ids": new * mask, "attention_mask": mask, "mm_token_type_ids": torch.zeros_like(mask)}
-    return {
-        name: torch.cat([value, added[name].to(value.dtype)], dim=1) if name in added else value
-        for name, value in inputs.items()
-    }
 
 
 # ------------------------------------------------------------------------------------------------------------- padding
@@ -76,7 +63,7 @@ def packed(member, rows, inputs, **options):
 
 def check_packed(model, row, alone, **options):
     """The logits of a packed row are those of its samples alone, and its loss is their mean over all labels."""
-    with torch.no_grad(), lvtp.hf.prune(model, **options) as pruning:
+    with lvtp.hf.prune(model, **options) as pruning:
         together, kept = model(**row), pruning.last.kept
         outputs = [model(**sample) for sample in alone]
     logits = torch.cat([out.logits for out in outputs], dim=1)
@@ -138,7 +125,7 @@ def test_attention_is_told_where_the_samples_are_now(member, positions):
     seen = []
     layer = model.get_decoder().layers[0].self_attn
     hook = layer.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
-    with torch.no_grad(), lvtp.hf.prune(model, keep=KEEP, positions=positions) as pruning:
+    with lvtp.hf.prune(model, keep=KEEP, positions=positions) as pruning:
         model(**row)
     hook.remove()
     lengths = [part.sum() for part in pruning.last.kept[0].split([s["input_ids"].shape[1] for s in alone])]

@@ -82,3 +82,16 @@ def prompts(rows, length, side="left", seed=0):
                 parts.append(torch.full((count,), token))
         ids.append(torch.cat(parts))
     return padded(ids, side), generator
+
+
+def with_completions(inputs, lengths):
+    """The prompts, padded on the left; after each, a completion of that many random tokens, padded on the right."""
+    generator = torch.Generator().manual_seed(5)
+    new = torch.randint(2, 100, (len(lengths), max(lengths)), generator=generator)
+    new = torch.nn.functional.pad(new, (0, 1))  # a column that none fills
+    mask = (torch.arange(new.shape[1]) < torch.tensor(lengths)[:, None]).long()
+    added = {"input_ids": new * mask, "attention_mask": mask, "mm_token_type_ids": torch.zeros_like(mask)}
+    return {
+        name: torch.cat([value, added[name].to(value.dtype)], dim=1) if name in added else value
+        for name, value in inputs.items()
+    }
