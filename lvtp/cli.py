@@ -10,6 +10,9 @@ DEMO_MODULES = {"transformers", "matplotlib", "PIL", "numpy"}
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point. Returns the exit code: 0, or 2 after a message on what to put right."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream.errors == "strict":  # a file's name need not be text
+            stream.reconfigure(errors="backslashreplace")
     arguments = _parser().parse_args(argv)
     try:
         return arguments.command(arguments)

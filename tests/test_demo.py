@@ -1,6 +1,7 @@
 """The demonstration: its descriptors, its picture, its numbers, and what the command says when something is missing."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -402,11 +403,33 @@ def test_a_photograph_that_is_none(capsys, tmp_path):
     (tmp_path / "notes.txt").write_text("no picture")
     assert "notes.txt is not a photograph" in refused(capsys, tmp_path / "notes.txt")
     assert "absent.jpg" in refused(capsys, tmp_path / "absent.jpg")
+    assert "not a regular file" in refused(capsys, os.devnull)
 
 
-def test_an_output_folder_that_is_a_file(capsys, tmp_path, checkpoint):
-    (tmp_path / "out").write_text("")
-    assert "--out" in refused(capsys, "--model", checkpoint, "--out", tmp_path / "out")
+def test_an_output_folder_that_cannot_be_written_to_is_refused_before_the_model_is_built(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "_subject", lambda *_: pytest.fail("built a model"))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder" / "tower.png").mkdir(parents=True)
+    for out in ("file", "folder"):
+        assert f"--out {tmp_path / out} cannot be written to" in refused(capsys, "--out", tmp_path / out)
+
+    def full(dir):
+        raise PermissionError(13, "Permission denied", str(dir))
+
+    monkeypatch.setattr(run.tempfile, "TemporaryFile", full)
+    assert "Permission denied" in refused(capsys, "--out", tmp_path / "closed")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other file systems take text alone")
+def test_names_that_are_not_utf_8(quick, capsys, tmp_path, checkpoint):
+    name = os.fsdecode(b"caf\xe9")
+    assert "caf\\udce9 is not a photograph" in refused(capsys, tmp_path / name)
+    shown, folder = tmp_path / f"{name}.png", copied(checkpoint, tmp_path / f"model {name}")
+    Image.new("RGB", (400, 400)).save(shown)
+    assert demo(shown, "--model", checkpoint, "--out", tmp_path / f"out {name}") == 0
+    assert "Photograph caf\\udce9.png" in capsys.readouterr().out
+    assert (tmp_path / f"out {name}" / "table.txt").exists()
+    assert "cannot be loaded" in refused(capsys, shown, "--model", folder, "--out", tmp_path / "out")
 
 
 def test_a_checkpoint_that_cannot_be_had(capsys, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The steps of `lvtp demo`, each announced in one line so that nobody is left waiting."""
 
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -27,17 +28,14 @@ Calls = dict[tuple[str, int], Callable[[], object]]  # (method, budget) -> what 
 def run(photo_path: Path | None, checkpoint: str | None, out: Path) -> None:
     """Write `descriptors.png`, `tower.png` and `table.txt` into `out`, and print the table. Raises DemoError."""
     start = time.perf_counter()
+    first, second, written = files = [out / name for name in ("descriptors.png", "tower.png", "table.txt")]
+    _check_writable(out, files)  # first, because the model takes long to build
     image = _photograph(photo_path)
     subject = _subject(checkpoint, image)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DemoError(f"{out} cannot be made a folder: {error.strerror}. Name another one with --out.") from error
     with torch.inference_mode():
         _say("Picture from patch descriptors: colour and DCT, classical saliency; meaningful without training")
         rgb = photo.to_tensor(image)
         features, importance = descriptors.patch_descriptors(rgb), descriptors.saliency(rgb)
-        first = out / "descriptors.png"
         source = "Features: colour and DCT of each patch. Importance: classical saliency. No trained weights involved."
         draw(first, image, features, importance, source)
 
@@ -50,19 +48,29 @@ def run(photo_path: Path | None, checkpoint: str | None, out: Path) -> None:
 
         _say(f"Picture from the vision tower of {subject.name}")
         features, importance = tower_tokens(subject)
-        second = out / "tower.png"
         source = f"Features and CLS attention of the vision tower: {subject.name}."
         draw(second, image, features, importance, source)
 
         text = make_table(subject, features, importance)
-    (out / "table.txt").write_text(text + "\n")
+    written.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")  # a checkpoint's name may be any bytes
     print(f"\n{text}\n", flush=True)
-    _say(f"Done in {time.perf_counter() - start:.0f} s. Table: {out / 'table.txt'}")
+    _say(f"Done in {time.perf_counter() - start:.0f} s. Table: {written}")
     print(f"Picture from descriptors: {first}\nPicture from the tower:   {second}", flush=True)
 
 
 def _say(line: str) -> None:
     print(f"- {line}", flush=True)
+
+
+def _check_writable(out: Path, files: list[Path]) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+        for file in files:
+            if file.exists():
+                file.open("r+b").close()
+    except OSError as error:
+        raise DemoError(f"--out {out} cannot be written to: {error}. Name another folder.") from error
 
 
 def _photograph(path: Path | None) -> Image.Image:
