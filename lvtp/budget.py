@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lvtp import checks
 from lvtp.ops import call, mean_similarity
 from lvtp.reference import shares
 
@@ -45,7 +46,8 @@ class Budget:
     dynamic: bool = True
 
     def __post_init__(self):
-        if not isinstance(self.total, int) or isinstance(self.total, bool) or self.total < 1:
+        object.__setattr__(self, "total", checks.count("Budget", "total", self.total))  # NumPy's becomes Python's
+        if self.total < 1:
             raise ValueError(f"total must be an int of at least 1, got {self.total!r}")
         if not isinstance(self.dynamic, bool):
             raise ValueError(f"dynamic must be True or False, got {self.dynamic!r}")
@@ -62,9 +64,10 @@ class Budget:
                 f"total must be at least 1 for each of the {len(sizes)} images (crops, frames) of a request, "
                 f"got {self.total}"
             )
-        rho = _mean_similarities(features) if self.dynamic else torch.zeros(len(sizes))
         total = min(self.total, sum(sizes))
-        return shares(rho, torch.tensor(sizes), total, torch.ones(len(sizes), dtype=torch.long)).tolist()
+        with torch.device("cpu"):  # whatever the caller's default device
+            rho = _mean_similarities(features) if self.dynamic else torch.zeros(len(sizes))
+            return shares(rho, torch.tensor(sizes), total, torch.ones(len(sizes), dtype=torch.long)).tolist()
 
 
 def _mean_similarities(features: Sequence[Tensor]) -> Tensor:

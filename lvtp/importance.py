@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lvtp.reference import without_autocast
+
 # Rows of attention held at once, and of the heads as many as fit: of 16k tokens, 256 MB. On a CPU they should stay in
 # its cache, and rows come before heads, for products of few rows are slow: 16 heads of 2304 tokens take 230 ms with
 # 2 MB, 250 ms with 8 MB, 380 ms with 8 MB of all heads at once (one core of a shared Xeon, November 2026).
@@ -78,7 +80,7 @@ def prompt_attention(query: Tensor, key: Tensor, visible: Tensor, scale: float |
 def _attention_rows(query: Tensor, key: Tensor, scale: float | None, visible: Tensor | None = None) -> Tensor:
     """softmax(scale * query key^T) in float32: [B, H, Q, d] x [B, H, N, d] -> [B, H, Q, N]."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         logits = (query.float() * scale) @ key.float().transpose(-1, -2)
         if visible is not None:
             logits = logits.masked_fill(~visible, float("-inf"))

@@ -44,6 +44,14 @@ def _directions(features: Tensor) -> Tensor:
     return x / norm.clamp_min(NORM_FLOOR)
 
 
+def without_autocast(t: Tensor) -> contextlib.AbstractContextManager:
+    """Autocast would round the operands of a product to half precision. The meta device, for one, has none."""
+    device = t.device.type
+    return (
+        torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else contextlib.nullcontext()
+    )
+
+
 def cosine_similarity(features: Tensor) -> Tensor:
     """Cosine similarity of every pair of tokens: features [B, N, D] fp32, fp16 or bf16 -> fp32 [B, N, N].
 
@@ -52,9 +60,7 @@ def cosine_similarity(features: Tensor) -> Tensor:
     """
     checks.cosine_similarity(features)
     x = _directions(features)
-    # Autocast would round both operands to half precision. TF32 stays what torch's own switch says: off by default.
-    device = x.device.type
-    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else contextlib.nullcontext():
+    with without_autocast(x):  # TF32 stays what torch's own switch says: off by default
         return x @ x.mT
 
 

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from conftest import clustered_features, photograph_features
@@ -133,18 +134,26 @@ def test_a_static_budget_looks_at_no_features():
     assert lvtp.Budget(30, dynamic=False).share(x) == [13, 4, 13]
 
 
+def test_a_budget_of_numpys_integer_under_another_default_device():
+    x = list(images(3, 10))
+    want = lvtp.Budget(20).share(x)
+    with torch.device("meta"):
+        assert lvtp.Budget(np.int64(20)).share(x) == want
+        assert lvtp.Budget(20, dynamic=False).share(x) == [7, 7, 6]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"total": 0}, "total must be an int of at least 1, got 0"),
-        ({"total": 2.5}, "got 2.5"),
-        ({"total": True}, "got True"),
+        ({"total": 2.5}, "total must be an integer, got 2.5"),
+        ({"total": True}, "total must be an integer, got True"),
         ({"total": 3, "dynamic": "yes"}, "dynamic must be True or False, got 'yes'"),
     ],
     ids=str,
 )
 def test_budgets_are_checked(arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         lvtp.Budget(**arguments)
     with pytest.raises(ValueError, match="total must be at least 1 for each of the 3 images"):
         lvtp.Budget(2).share(list(images(3, 10)))

@@ -29,6 +29,14 @@ def pixels(model):
     return batch(model, [1, "image", 2, "image"])["pixel_values"]
 
 
+def test_attention_on_the_meta_device_and_compiled():
+    q, k = torch.randn(2, 3, 17, 8), torch.randn(2, 3, 17, 8)
+    for attention in (cls_attention, received_attention):
+        assert attention(q.to("meta"), k.to("meta")).shape == (2, 17)
+        compiled = torch.compile(attention, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(q, k), attention(q, k))
+
+
 @pytest.mark.parametrize("layer", [-1, -2, -3, 1, 2, 3, [-3, -1]])
 def test_scores_equal_eager_attention(model, pixels, layer):
     deepest = {1: 0, 2: 1, 3: 2}.get(layer, -1) if isinstance(layer, int) and layer > 0 else layer
