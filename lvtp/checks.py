@@ -35,7 +35,9 @@ def _dtype(t: Tensor) -> str:
 
 
 def check_dense(op: str, name: str, t: Tensor) -> None:
-    """No twin in C++: the dispatcher hands what is not dense to the reference."""
+    """No twin in C++: the dispatcher takes tensors alone, and hands those that are not dense to the reference."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {_kind(t)}")
     _fail_unless(t.layout == torch.strided, op, name, "a dense tensor", str(t.layout).removeprefix("torch."))
 
 
@@ -110,8 +112,7 @@ def count(op: str, name: str, value):
     """A count, by its `__index__`: NumPy's integers count, True and 5.0 do not."""
     if type(value) is int or isinstance(value, torch.SymInt):
         return value
-    # Reading a tensor of another device would wait for it.
-    if not isinstance(value, bool) and not (isinstance(value, Tensor) and value.device.type != "cpu"):
+    if not isinstance(value, bool) and not _waits(value):
         with contextlib.suppress(TypeError):
             return operator.index(value)
     raise TypeError(f"{op}: {name} must be an integer, got {_kind(value)}")
@@ -121,10 +122,17 @@ def number(op: str, name: str, value):
     """A real number: Python's, NumPy's, or an array of one."""
     if type(value) in (float, int) or isinstance(value, torch.SymFloat | torch.SymInt):
         return value
-    if hasattr(value, "__float__") and not isinstance(value, bool) and not getattr(value, "shape", ()):
+    is_one = hasattr(value, "__float__") and not getattr(value, "shape", ())
+    if is_one and not isinstance(value, bool) and not _waits(value):
         with contextlib.suppress(TypeError):  # what JAX traces has no value
             return float(value)
-    raise TypeError(f"{op}: {name} must be a number, got {_kind(value)}")
+    takes = "a number, or a tensor [B]" if name == "threshold" else "a number"
+    raise TypeError(f"{op}: {name} must be {takes}, got {_kind(value)}")
+
+
+def _waits(value) -> bool:
+    """Whether reading it would wait for another device."""
+    return isinstance(value, Tensor) and value.device.type != "cpu"
 
 
 def text(op: str, name: str, value) -> str:

@@ -121,9 +121,10 @@ NO_ARRAYS = [
     ("id_selection", "importance", (X, np.ma.array(S, mask=S > 0), 2), TypeError, "got a masked array: pass its .data"),
     ("id_selection", "features", (torch.nested.nested_tensor([torch.ones(6, 4)] * 2, layout=torch.jagged), S, 2),
      RuntimeError, "a dense tensor, got jagged"),
-    ("cluster_nms", "threshold", (S, S.astype(int), X @ X.mT, [0.5, 0.5]), TypeError, "a number, got list"),
-    ("cluster_nms", "threshold", (S, S.astype(int), X @ X.mT, None), TypeError, "a number, got None"),
+    ("cluster_nms", "threshold", (S, S.astype(int), X @ X.mT, [0.5, 0.5]), TypeError, "or a tensor [B], got list"),
+    ("cluster_nms", "threshold", (S, S.astype(int), X @ X.mT, None), TypeError, "or a tensor [B], got None"),
     ("id_selection", "gamma", (X, S, 2, "20"), TypeError, "a number, got str"),
+    ("id_selection", "gamma", (X, S, 2, torch.tensor(20.0, device="meta")), TypeError, "on meta"),
     ("psca", "center", (X, 2, None), TypeError, "a string, got None"),
     ("take", "keep", (X, [[1, 2], [3, 4]]), TypeError, "got list"),
     ("take", "features", (np.ma.array(X), S.astype(int)), TypeError, "got a masked array"),
@@ -137,6 +138,19 @@ def test_what_is_no_array_no_number_or_no_plain_one_is_refused_by_name(backend, 
         getattr(lvtp, op)(*args)
     assert str(raised.value).startswith(f"{op}: {argument} must ")
     assert got in str(raised.value)
+
+
+@pytest.mark.parametrize("got", [None, [1.0], X], ids=["None", "list", "ndarray"])
+def test_the_reference_takes_tensors_alone_and_says_so(got):
+    x, s = torch.from_numpy(X), torch.from_numpy(S)
+    said = "None" if got is None else type(got).__name__
+    with pytest.raises(TypeError, match=f"mean_similarity: features must be a torch.Tensor, got {said}"):
+        lvtp.reference.mean_similarity(got)
+    with pytest.raises(TypeError, match=f"id_selection: importance must be a torch.Tensor, got {said}"):
+        lvtp.reference.id_selection(x, got, 2)
+    with pytest.raises(TypeError, match=f"greedy_suppression: scores must be a torch.Tensor, got {said}"):
+        lvtp.reference.greedy_suppression(got, x @ x.mT, 2)
+    assert lvtp.reference.prune_sid(x, s, 2).shape == (2, 2)
 
 
 def test_many_threads_at_once_get_what_one_gets():
