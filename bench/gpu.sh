@@ -20,6 +20,11 @@ A=(install:60 info:25 smoke:30 kernels:25 bench:65 native:65)
 B=(install:60 streams:45 memcheck:35 prefill:55 triton:25 triton-times:20 soak:10 jax:10 racecheck:10)
 ALONE=(sweep:240)
 
+sources() { # of what a wheel is built from
+  find csrc lvtp triton_kernels CMakeLists.txt setup.py pyproject.toml -path lvtp/lib -prune -o \
+    -type f -not -name '*.pyc' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum
+}
+
 usage() { sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0" >&2 && exit 2; }
 
 wheels() { # folder
@@ -29,6 +34,7 @@ wheels() { # folder
     "$PYTHON" -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir "$1" . || return
   PIP_CONSTRAINT=constraints.txt "$PYTHON" -m pip download --quiet --no-deps --dest "$1" transformers || return
   echo "$(git rev-parse HEAD)$(git diff --quiet HEAD || echo ', with changes')" >"$1/COMMIT"
+  sources >"$1/SOURCES"
   ls -l "$1"
 }
 
@@ -39,10 +45,15 @@ assert state == "loaded", state'
 }
 
 install() {
-  rm -rf "$SITE"
+  rm -rf "$SITE"/lvtp "$SITE"/lvtp-*.dist-info # what does not install must not seem to
   if compgen -G "${WHEELS:-/nowhere}/*.whl" >/dev/null; then
-    "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --target "$SITE" "$WHEELS"/*.whl && loads && return
-    echo 'the wheels do not serve here: building from source'
+    "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target "$SITE" \
+      "$WHEELS"/*.whl
+    if [ "$(sources)" != "$(cat "$WHEELS/SOURCES")" ]; then
+      echo 'the wheels were built from other sources than these: building'
+    elif loads; then
+      return
+    fi
   fi
   # One architecture, the one that will run.
   local chip
@@ -51,11 +62,14 @@ install() {
   export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-${chip:-9.0a}} CMAKE_ARGS=-DLVTP_CUDA=ON
   "$PYTHON" -m pip install --quiet --no-build-isolation --no-deps --upgrade --target "$SITE" . && loads
 }
-export -f install loads
+export -f install loads sources
 
 gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1 | tr -s ' /' '--')
 case ${1:-} in
-  wheels) wheels "${2:-out/wheels}" && exit ;;
+  wheels)
+    wheels "${2:-out/wheels}"
+    exit
+    ;;
   A) stages=("${A[@]}") ;;
   B) stages=("${B[@]}") ;;
   *)
@@ -65,12 +79,12 @@ case ${1:-} in
       stages+=("$found")
     done
     ((${#stages[@]})) || usage
-    [ -d "$SITE" ] || [ "$1" = install ] || stages=("${A[0]}" "${stages[@]}")
+    [ -d "$SITE/lvtp" ] || [ "$1" = install ] || stages=("${A[0]}" "${stages[@]}")
     ;;
 esac
 results=${OUT:-bench/results/${gpu:-no-gpu}-$(date +%F)-$(IFS=-; echo "$*")}
 mkdir -p "$results"
-log=$results/log.txt summary=$results/summary.txt failed=0 deadline=0
+log=$results/log.txt summary=$results/summary.txt failed=0
 
 # The checkout's own lvtp has no libraries, so what is installed comes first and the working directory does not count.
 export PYTHONPATH=$SITE:$PWD PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
@@ -91,8 +105,9 @@ tests=("$PYTHON" -m pytest -v --tb=short -p no:cacheprovider -m gpu --continue-o
 "$PYTHON" -c 'import pytest_timeout' 2>/dev/null && tests+=(--timeout 60 --timeout-method thread)
 workers=()
 "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n 8 --dist loadfile) # an illegal access then costs one file
-operators=(tests/test_psca.py tests/test_prune_sid.py tests/test_id_selection.py tests/test_cosine_similarity.py
-  tests/test_mean_similarity.py tests/test_greedy_suppression.py tests/test_cluster_nms.py)
+# The files with tests on devices, the longest first: to collect all files takes each worker seconds.
+mapfile -t files < <({ printf 'tests/test_%s.py\n' psca prune_sid id_selection
+  grep -lE '^def .*\b(device|backend)\b|mark\.gpu' tests/test_*.py; } | grep -v -e test_gpu -e test_jax | awk '!seen[$0]++')
 # torch's own cache of memory would hide what is written beyond a tensor's end.
 sanitizer=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1)
 
@@ -103,14 +118,11 @@ command_of() { # stage -> command
     smoke) command=("$PYTHON" -m bench.smoke) ;;
     kernels) command=("$PYTHON" -m bench.kernels "$results") ;;
     bench) command=("$PYTHON" -m bench.gpu "$results") ;;
-    native)
-      command=("${tests[@]}" "${workers[@]}" "${operators[@]}" tests --ignore=tests/test_gpu.py
-        --ignore=tests/test_jax.py --ignore=tests/hf -k 'not triton and not reference')
-      ;;
+    native) command=("${tests[@]}" "${workers[@]}" "${files[@]}" -k 'not triton and not reference') ;;
     streams) command=("${tests[@]}" tests/test_gpu.py -k 'not triton') ;;
     memcheck) command=("${sanitizer[@]}" --tool memcheck "$PYTHON" -m bench.smoke --small) ;;
     prefill) command=("$PYTHON" -m bench.prefill --device cuda --seconds 8 --out "$results") ;;
-    triton) command=("${tests[@]}" "${workers[@]}" "${operators[@]}" tests/test_gpu.py -k triton) ;;
+    triton) command=("${tests[@]}" "${workers[@]}" "${files[@]}" tests/test_gpu.py -k triton) ;;
     triton-times) command=("$PYTHON" -m bench.gpu "$results" --beside triton published) ;;
     soak) command=("$PYTHON" -m bench.soak --minutes 0.1) ;;
     jax) command=(env XLA_PYTHON_CLIENT_PREALLOCATE=false "${tests[@]}" tests/test_jax.py) ;; # skipped without its CUDA
@@ -119,10 +131,11 @@ command_of() { # stage -> command
   esac
 }
 
+deadline=$SECONDS
 for stage in "${stages[@]}"; do
   name=${stage%:*} started=$SECONDS begin=$(wc -c <"$log")
   deadline=$((deadline + ${stage#*:}))
-  limit=$((deadline - SECONDS))
+  limit=$((deadline > SECONDS ? deadline - SECONDS : 1)) # to timeout, 0 is no limit
   command_of "$name"
   # Without a device nothing is worth starting.
   [ -n "$gpu" ] || [ "$name" = install ] || command=(bash -c 'echo "no CUDA device"; exit 1')

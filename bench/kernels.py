@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
 
         with lvtp.use_backend("native"):
             replay = device.medians({"": Timed(flush, device.captured(call))})[""]
-            with profile() as recorded:
+            with profile(acc_events=True) as recorded:
                 for _ in range(CALLS):
                     call()
                 torch.cuda.synchronize()

@@ -86,17 +86,13 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.device == "cuda":
         require("bench.smoke")
-    if options.only or options.small or options.device == "cpu":
-        names = options.only or list(OPS)
+    names = options.only or list(OPS)
+    if options.only or options.small:
         failed = run(names, SMALL if options.small else CASES, options.device)
     else:
-        command = [sys.executable, "-m", "bench.smoke", "--only"]
-        running = [subprocess.Popen([*command, name], stdout=subprocess.PIPE, text=True) for name in OPS]
-        failed = 0
-        for process in running:
-            print(process.communicate()[0], end="", flush=True)
-            failed += process.returncode != 0
-        names = list(OPS)
+        command = [sys.executable, "-m", "bench.smoke", "--device", options.device, "--only"]
+        running = [subprocess.Popen([*command, name]) for name in names]
+        failed = sum(process.wait() != 0 for process in running)
     print(f"{failed} wrong" if failed else f"all right: {', '.join(names)}", flush=True)
     return min(failed, 1)
 

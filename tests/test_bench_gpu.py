@@ -21,8 +21,8 @@ import lvtp
 
 sys.path.append(str(Path(__file__).parents[1]))  # bench/ is not installed
 
-from bench import baselines, device, gpu, kernels, smoke
-from bench.shapes import Shape, work
+from bench import baselines, device, gpu, kernels, runs, smoke
+from bench.shapes import Shape, arguments, work
 
 ROOT = Path(__file__).parents[1]
 SHAPE = Shape("small", 2, 200, 64, 32)
@@ -111,6 +111,41 @@ def test_bench_gpu_notes_a_variant_that_fails_and_times_the_others(stand_in, mon
     assert gpu.text(row).endswith("\n    eager failed: RuntimeError: no such chip")
 
 
+def test_a_warm_call_finds_its_features_just_written_and_a_cold_one_does_not(stand_in, monkeypatch):
+    seen, names = {"lvtp": [], "lvtp, cold": []}, []
+
+    def medians(timed):
+        for name in list(timed) * 2:
+            names.append(name)
+            timed[name].before()
+            timed[name].run()
+        return {}
+
+    def variants(name, shape, args, beside):
+        def run():
+            if names:  # not while it is made ready
+                seen[names[-1]].append(args[0].clone())
+                args[0].fill_(7)  # as if another call had been there
+
+        return {"lvtp": lambda: run}
+
+    monkeypatch.setattr(gpu, "variants", variants)
+    monkeypatch.setattr(device, "medians", medians)
+    about = {"bytes_per_second": 1.0, "flops_per_second": 1.0}
+    gpu.row("id_selection", SHAPE, torch.bfloat16, (), device.Flush(), about)
+    features = arguments("id_selection", SHAPE, torch.bfloat16, "cpu")[0]
+    assert [torch.equal(x, features) for x in seen["lvtp"]] == [True, True]
+    assert [bool((x == 7).all()) for x in seen["lvtp, cold"]] == [False, True]
+
+
+def test_the_cache_is_emptied_by_reading(stand_in):
+    flush = device.Flush()
+    before = flush._data._version
+    flush()
+    assert flush._data._version == before
+    assert flush._sum == flush._data.numel()
+
+
 def test_the_least_time_is_the_longer_of_bytes_and_products():
     about = {"bytes_per_second": 1e12, "flops_per_second": 1e15}
     moved, computed = work("cosine_similarity", SHAPE, torch.bfloat16)
@@ -163,6 +198,16 @@ def test_bench_device_measures_peaks_and_wants_the_compiled_kernels(stand_in, ca
         assert re.search(r"^bytes_per_second: [\d.e+]+\nflops_per_second: [\d.e+]+$", said, re.M)
 
 
+def test_prefill_refuses_a_transformers_that_is_too_old_before_it_builds_a_model(tmp_path):
+    (tmp_path / "transformers-5.17.0.dist-info").mkdir()
+    (tmp_path / "transformers-5.17.0.dist-info" / "METADATA").write_text("Name: transformers\nVersion: 5.17.0\n")
+    paths = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, "-c", "import bench.prefill"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert "lvtp.hf needs transformers >=" in done.stderr.splitlines()[-1]
+
+
 @pytest.mark.parametrize("cases", ["CASES", "SMALL"])
 def test_smoke_finds_all_right(capsys, cases):
     names = ["id_selection", "mean_similarity", "psca"] if cases == "SMALL" else ["mean_similarity", "dynamic_budget"]
@@ -180,6 +225,17 @@ def test_smoke_finds_what_is_wrong(capsys, monkeypatch):
 # ------------------------------------------------------------------------------------------------------ bench/gpu.sh
 
 
+def test_without_git_the_commit_is_what_the_carried_file_says(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "bench" / "runs.py"))
+    monkeypatch.setenv("WHEELS", "out/wheels")
+    assert runs.commit() == "unknown"
+    (tmp_path / "out" / "wheels").mkdir(parents=True)
+    (tmp_path / "out" / "wheels" / "COMMIT").write_text("c" * 40 + ", with changes\n")
+    assert runs.commit() == "c" * 40 + ", with changes"
+    assert runs.short(runs.commit()) == "c" * 12 + ", with changes"
+    assert runs.short("unknown") == "unknown"
+
+
 @pytest.mark.parametrize("part", ["A", "B"])
 def test_a_part_ends_within_270_seconds_by_its_limits(part):
     stages = re.search(rf"^{part}=\((.*)\)$", (ROOT / "bench" / "gpu.sh").read_text(), re.M)[1].split()
@@ -191,7 +247,7 @@ def gpu_sh(folder, *stages, seconds=None, **env):
     """Runs stages in a folder without .git, each within `seconds` if given; -> exit status, summary, log."""
     script = (ROOT / "bench" / "gpu.sh").read_text()
     (folder / "bench").mkdir()
-    (folder / "site").mkdir()
+    (folder / "site" / "lvtp").mkdir(parents=True)
     (folder / "bench" / "gpu.sh").write_text(re.sub(r"(\w):\d+\b", rf"\1:{seconds}", script) if seconds else script)
     (folder / "COMMIT").write_text("c" * 40)
     out = folder / "results"
