@@ -39,6 +39,22 @@ def check_chunks(model: PreTrainedModel, call: dict[str, Any]) -> None:
         )
 
 
+def check_limits(model: PreTrainedModel, call: dict[str, Any], prompt_length: int) -> None:
+    """Raises for limits that leave no room, as `generate` would, but in the caller's numbers."""
+    new, longest = setting(model, call, "max_new_tokens"), setting(model, call, "max_length")
+    if new is None and longest and longest <= prompt_length:
+        raise ValueError(
+            f"max_length must be more than the {prompt_length} tokens of the prompt, which it counts, got {longest}; "
+            "max_new_tokens counts the new ones alone"
+        )
+    longest = longest if new is None else prompt_length + new
+    shortest = setting(model, call, "min_length")
+    if longest and shortest and shortest > longest and setting(model, call, "min_new_tokens") is None:
+        raise ValueError(
+            f"min_length must be at most the {longest} tokens that the prompt and the new ones may have, got {shortest}"
+        )
+
+
 def lower_limits(model: PreTrainedModel, call: dict[str, Any], by: int) -> dict[str, Any]:
     """The call with `max_length` and `min_length`, which count the prompt, lowered by the tokens it lost."""
     call = dict(call)

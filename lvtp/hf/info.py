@@ -149,9 +149,11 @@ def _with_keeps(images: list[VisualTokens], keep: Keep) -> list[VisualTokens]:
 def _left(images: list[VisualTokens], keep: Keep, newline: str | None, scope: str) -> int:
     """Placeholders left of the images of one prompt; at most, where it depends on their content."""
     if any(image.keeps is None for image in images):
-        placeholders = sum(image.placeholders for image in images)
-        if keep.total >= sum(sum(image.units) for image in images):
+        placeholders, tokens = sum(image.placeholders for image in images), sum(sum(image.units) for image in images)
+        if keep.total >= tokens:
             return placeholders
+        # Only an image that keeps every token may have more of them than placeholders, and one at least does not.
+        check_room(keep.total, tokens - min(max(sum(image.units) - image.placeholders, 0) for image in images))
         return min(keep.total + sum(_separators(image, newline, scope, keep.total) for image in images), placeholders)
     left = 0
     for image in images:

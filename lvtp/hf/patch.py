@@ -143,6 +143,8 @@ class Pruning:
         generation.check_chunks(model, call)
         given = "inputs_embeds" if call.get("input_ids") is None else "input_ids"
         prompt = call.get(given)
+        if self.options.restore_prompt and prompt is not None:
+            generation.check_limits(model, call, prompt.shape[1])
         call, pruned = self._rewritten(model, call, generating=True)
         if call[given] is prompt:  # everything was kept
             return generation.unpruned(original, call)

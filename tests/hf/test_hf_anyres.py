@@ -74,6 +74,18 @@ def test_more_tokens_of_crops_than_the_image_has_places_raise(member):
 
 
 @ANYRES
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_budgets_of_more_tokens_of_crops_than_there_are_places_raise(member, dynamic):
+    inputs = shaped(member, "tall")  # 3 crops of 16 tokens, 40 placeholders
+    known = lvtp.hf.info(member.model, inputs, keep=lvtp.Budget(40, dynamic), scope="crop")
+    assert known.prompt_tokens == ((5 + 40, 5 + 40),)
+    for call in (lvtp.hf.prepare, lvtp.hf.info):
+        with pytest.raises(ValueError, match=r"keep must leave at most the 40 tokens .* got 4[1-7] over all its crops"):
+            call(member.model, inputs, keep=lvtp.Budget(41, dynamic), scope="crop")
+        assert call(member.model, inputs, keep=lvtp.Budget(48, dynamic), scope="crop")  # all of them
+
+
+@ANYRES
 def test_newlines_stay_with_their_rows(member):
     """keep=1 with all importance on one token: what is left is that token and the newline after its row."""
     inputs = shaped(member, "wide")  # 16 of the overview, then 2 rows of 8 and a newline

@@ -40,6 +40,22 @@ def test_max_length_counts_the_prompt_that_is_returned(member, where):
     assert config.min_length == length - 1
 
 
+@pytest.mark.parametrize("embedded", [False, True])
+def test_limits_without_room_are_named_as_they_were_given(model, embedded):
+    inputs = batch(model, *BATCHES["single"])  # 24 tokens
+    if embedded:
+        inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids")).detach()
+    config = GenerationConfig(max_length=20, pad_token_id=0)
+    with lvtp.hf.prune(model, keep=KEEP):
+        for limits in ({"max_length": 20}, {"max_length": 24}, {"generation_config": config}):
+            wrong = limits.get("max_length", 20)
+            with pytest.raises(ValueError, match=f"max_length must be more than the 24 tokens .* got {wrong};"):
+                model.generate(**inputs, **limits)
+        for limits in ({"max_length": 30}, {"max_new_tokens": 6}):
+            with pytest.raises(ValueError, match=r"min_length must be at most the 30 tokens .* got 31"):
+                model.generate(**inputs, **limits, min_length=31)
+
+
 def test_max_new_tokens_wins_over_max_length(member):
     inputs = member.batch("single")
     with lvtp.hf.prune(member.model, keep=KEEP):
