@@ -1,6 +1,7 @@
 """The `lvtp` command: `lvtp demo` shows what the selectors keep and save, `lvtp info` what is installed."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -9,15 +10,21 @@ DEMO_MODULES = {"transformers", "matplotlib", "PIL", "numpy"}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point. Returns the exit code: 0, or 2 after a message on what to put right."""
+    """Entry point. Returns the exit code: 0, or 2 after a message on what to put right; as shells do, 130 and 141 where
+    the user or the reader of the output ends it."""
     for stream in (sys.stdout, sys.stderr):
         if stream.errors == "strict":  # a file's name need not be text
             stream.reconfigure(errors="backslashreplace")
     arguments = _parser().parse_args(argv)
     try:
-        return arguments.command(arguments)
+        code = arguments.command(arguments)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # `lvtp info | head`; what is left to flush goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 class _PrintCmakePath(argparse.Action):

@@ -27,7 +27,7 @@ def id_selection(features, importance, k: int, gamma: float = 20.0, mask=None) -
 def prune_sid(
     features, importance, n: int, reserved: int = 0, center: str = "feature", labels=None, mask=None
 ) -> jax.Array:
-    """int32 [B, min(n - reserved, N)]; see `lvtp.prune_sid`. Labels may be of any integer dtype."""
+    """int32 [B, min(n - reserved, N)]; see `lvtp.prune_sid`. Labels may be of any integer dtype from 8 bits up."""
     return _select("prune_sid", features, importance, n, reserved, center, labels, mask)
 
 

@@ -494,6 +494,14 @@ def test_info_prints_the_build(capsys):
     assert re.search(r"^backends:\n(  \w+: .+\n)+", printed, re.M)
 
 
+def test_a_reader_that_has_seen_enough_ends_it_without_a_traceback():
+    read, write = os.pipe()
+    os.close(read)
+    info = subprocess.run([sys.executable, "-m", "lvtp", "info"], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (info.returncode, info.stderr) == (141, "")
+
+
 def test_no_command_is_a_usage_error(capsys):
     with pytest.raises(SystemExit) as error:
         cli.main([])
