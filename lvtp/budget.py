@@ -28,6 +28,7 @@ def dynamic_budget(features: Tensor, total: int, minimum: int = 1) -> Tensor:
 
     Raises:
         RuntimeError: an argument of another rank or dtype, or out of range; it names the argument.
+        TypeError, ValueError: an argument of the wrong type, or an array that torch cannot read.
     """
     return call("dynamic_budget", features, total, minimum)
 

@@ -7,7 +7,10 @@ from torch import Tensor
 
 
 def tensor(value, op: str, argument: str) -> Tensor:
-    """`value` if it is a tensor, else a tensor that shares the array's memory. Refuses by name what is neither."""
+    """`value` if it is a tensor, else a tensor that shares the array's memory.
+
+    Raises `TypeError` for what is no array, `ValueError` for an array that torch cannot read; both name the argument.
+    """
     if isinstance(value, Tensor):
         return value
     takes = f"{op}: {argument} must be a torch.Tensor or an array with __dlpack__"

@@ -330,6 +330,7 @@ def cosine_similarity(features: Tensor) -> Tensor:
 
     Raises:
         RuntimeError: `features` of another rank or dtype, or without tokens.
+        TypeError, ValueError: an argument of the wrong type, or an array that torch cannot read.
     """
     return call("cosine_similarity", features)
 
@@ -349,6 +350,7 @@ def mean_similarity(features: Tensor, mask: Tensor | None = None) -> Tensor:
 
     Raises:
         RuntimeError: an argument of another rank, shape, dtype or device.
+        TypeError, ValueError: an argument of the wrong type, or an array that torch cannot read.
     """
     return call("mean_similarity", features, mask)
 
@@ -373,6 +375,7 @@ def greedy_suppression(
 
     Raises:
         RuntimeError: an argument of another rank, shape, dtype or device, or out of range.
+        TypeError, ValueError: an argument of the wrong type, or an array that torch cannot read.
     """
     return call("greedy_suppression", scores, similarity, k, gamma, mask)
 
@@ -397,6 +400,7 @@ def cluster_nms(
 
     Raises:
         RuntimeError: an argument of another rank, shape, dtype or device; on the CPU also a label below 0.
+        TypeError, ValueError: an argument of the wrong type, or an array that torch cannot read.
     """
     per_image = isinstance(threshold, Tensor) or getattr(threshold, "ndim", 0)
     overload = "per_image" if per_image else "default"
@@ -420,5 +424,6 @@ def psca(features: Tensor, groups: int, center: str = "feature") -> tuple[Tensor
 
     Raises:
         RuntimeError: an argument of another rank or dtype, or out of range.
+        TypeError, ValueError: an argument of the wrong type, or an array that torch cannot read.
     """
     return call("psca", features, groups, center)

@@ -29,6 +29,7 @@ def id_selection(
 
     Raises:
         RuntimeError: an argument of another rank, shape, dtype or device, or out of range; it names the argument.
+        TypeError, ValueError: an argument of the wrong type, or an array that torch cannot read.
     """
     return call("id_selection", features, importance, k, gamma, mask)
 
@@ -64,6 +65,7 @@ def prune_sid(
 
     Raises:
         RuntimeError: an argument of another rank, shape, dtype or device, or out of range; it names the argument.
+        TypeError, ValueError: an argument of the wrong type, or an array that torch cannot read.
     """
     return call("prune_sid", features, importance, n, reserved, center, labels, mask)
 
@@ -85,6 +87,7 @@ def take(features: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         RuntimeError: an argument of another rank, dtype, batch or device; it names the argument. Any other index is an
             error of `torch.gather`, which on a GPU is a device-side assertion.
+        TypeError, ValueError: an argument of the wrong type, or an array that torch cannot read.
     """
     x, places = dlpack.tensor(features, "take", "features"), dlpack.tensor(keep, "take", "keep")
     checks.take(x, places)
