@@ -217,7 +217,8 @@ def prune(
     weighs what it does unpruned. `Pruning.in_step` lines the logits up with the labels that a trainer has.
 
     Samples packed into one row, told by `position_ids` that start again, `cu_seq_lens_q` or `seq_idx`, are pruned as if
-    each were alone, and none reads another; that row has no cache.
+    each were alone, and none reads another; that row has no cache. Where positions have three axes, `position_ids` on
+    one axis only tell where samples start.
 
     Args:
         model: one of `lvtp.hf.supported()`, or a `PeftModel` around one.

@@ -10,6 +10,20 @@ from lvtp.hf.family import Family
 from lvtp.hf.sequence import numbered
 
 
+def without_collated(family: Family, call: dict[str, Any], real: Tensor, are_packed: bool) -> dict[str, Any]:
+    """The call without the position ids of a collator that packs samples, where they are not the model's.
+
+    Without a mask, position ids [B, S] that number the tokens of every sample through tell where samples start. A model
+    with positions on several axes would number images like text by them; a sample alone has its own.
+    """
+    given, collated = call.get("position_ids"), are_packed or call.get("attention_mask") is None
+    if given is None or not (collated and family.spells_positions and call.get("mm_token_type_ids") is not None):
+        return call
+    if not _in_sequence(given, real):
+        return call
+    return {name: value for name, value in call.items() if name != "position_ids"}
+
+
 def positions_of(
     model: PreTrainedModel,
     family: Family,

@@ -16,7 +16,7 @@ from lvtp.hf.families import family_of, unwrapped
 from lvtp.hf.family import Encoded, Family
 from lvtp.hf.options import Keep, Method, Options, Score
 from lvtp.hf.packing import packed, sample_lengths, unpacked
-from lvtp.hf.positions import positions_of
+from lvtp.hf.positions import positions_of, without_collated
 from lvtp.hf.prompt import attention_of_the_last_token
 from lvtp.hf.selection import budgets, select
 from lvtp.hf.sequence import columns_of, laid_out, new_columns, numbered, real_tokens, spanned
@@ -134,6 +134,8 @@ def rewrite(
     if samples is not None:
         call = unpacked(call, samples, pad)
     real = real_tokens(call)  # [B, S]
+    if not generating:
+        call = without_collated(family, call, real, are_packed=samples is not None)
     positions = family.positions(options)
     kept, indices, encoder_outputs = real.clone(), [], {}
     placeholders, arguments, encoded = {}, {}, {}

@@ -2,17 +2,37 @@
 
 import pytest
 import torch
-from transformers import DataCollatorWithFlattening
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, PreTrainedTokenizerFast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import lvtp.hf
 
 from .members import LLAVA, QWENS
 from .oracle import relative_error
-from .tiny import visual, with_completions
+from .tiny import IMAGE_TOKEN, VIDEO_TOKEN, visual, with_completions
 from .tiny_llava import batch
 
 KEEP = 3
 POSITIONS = ("compact", "original")
+
+
+def samples(member, rows, inputs):
+    """Every prompt of the batch alone, with labels of all its tokens."""
+    alone = [member.alone(rows, row, inputs) for row in range(len(inputs["input_ids"]))]
+    for sample in alone:
+        del sample["attention_mask"]
+        sample["labels"] = sample["input_ids"].clone()
+    return alone
+
+
+def check_mean(loss, outputs):
+    """`loss` is the mean over all labels of the samples that gave the `outputs`; no first token is predicted."""
+    counts = torch.tensor([out.logits.shape[1] - 1 for out in outputs])
+    wanted = (torch.stack([out.loss for out in outputs]) * counts).sum() / counts.sum()
+    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=0)
 
 
 # ------------------------------------------------------------------------------------------------------------- padding
@@ -42,15 +62,45 @@ def test_labels_let_a_batch_be_as_narrow_as_its_longest_prompt(model):
     assert narrow.tolist() == [[1] * 14, [1] * 9 + [0] * 5]
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_a_padded_batch_is_its_samples_alone(member, positions, side):
+    model, inputs = member.model, member.batch("ragged")
+    alone = samples(member, "ragged", inputs)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"<pad>": 0})), pad_token="<pad>")
+    tokenizer.padding_side = side
+    features = [{name: sample[name][0].tolist() for name in ("input_ids", "labels")} for sample in alone]
+    together = dict(DataCollatorForSeq2Seq(tokenizer)(features))
+    ids = together["input_ids"]
+    together |= {name: value for name, value in inputs.items() if value.shape[-1] != inputs["input_ids"].shape[1]}
+    if "mm_token_type_ids" in inputs:
+        together["mm_token_type_ids"] = (ids == IMAGE_TOKEN).int() + 2 * (ids == VIDEO_TOKEN).int()
+    together["labels"][torch.arange(len(ids)), together["attention_mask"].argmax(1)] = -100  # as alone: not predicted
+    with lvtp.hf.prune(model, keep=KEEP, positions=positions):
+        loss, outputs = model(**together).loss, [model(**sample) for sample in alone]
+    check_mean(loss, outputs)
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_position_ids_that_number_tokens_through_change_nothing(model, positions):
+    inputs = batch(model, [3, "image", 5], [2, "image", "image", 4])
+    numbers = (inputs["attention_mask"].cumsum(1) - 1).masked_fill(inputs["attention_mask"] == 0, 1)
+    with lvtp.hf.prune(model, keep=KEEP, positions=positions):
+        wanted = model(**inputs).logits
+        got = model(**inputs, position_ids=numbers).logits
+    numbers[0, -1] += 1
+    assert relative_error(got, wanted, lvtp.hf.prepare(model, inputs, keep=KEEP)["attention_mask"]) <= 1e-5
+    if positions == "compact":
+        with pytest.raises(ValueError, match=r"position_ids must be left out .* or number the tokens of every prompt"):
+            lvtp.hf.prepare(model, {**inputs, "position_ids": numbers}, keep=KEEP, positions=positions)
+
+
 # ------------------------------------------------------------------------------------------------------------- packing
 
 
 def packed(member, rows, inputs, **options):
     """The prompts of a batch in one row, as transformers' collator packs them, and each of them alone."""
-    alone = [member.alone(rows, row, inputs) for row in range(len(inputs["input_ids"]))]
-    for sample in alone:
-        del sample["attention_mask"]
-        sample["labels"] = sample["input_ids"].clone()
+    alone = samples(member, rows, inputs)
     features = [{name: sample[name][0].tolist() for name in ("input_ids", "labels")} for sample in alone]
     row = dict(DataCollatorWithFlattening(return_tensors="pt", **options)(features))
     for name, value in inputs.items():
@@ -62,15 +112,13 @@ def packed(member, rows, inputs, **options):
 
 
 def check_packed(model, row, alone, **options):
-    """The logits of a packed row are those of its samples alone, and its loss is their mean over all labels."""
+    """The logits of a packed row are those of its samples alone, and its loss is theirs."""
     with lvtp.hf.prune(model, **options) as pruning:
         together, kept = model(**row), pruning.last.kept
         outputs = [model(**sample) for sample in alone]
     logits = torch.cat([out.logits for out in outputs], dim=1)
     assert relative_error(together.logits, logits) <= 1e-5
-    counts = torch.tensor([out.logits.shape[1] - 1 for out in outputs])  # the first token is not predicted
-    losses = torch.stack([out.loss for out in outputs])
-    torch.testing.assert_close(together.loss, (losses * counts).sum() / counts.sum(), rtol=1e-5, atol=0)
+    check_mean(together.loss, outputs)
     assert kept.shape == row["input_ids"].shape
     assert kept.sum() == logits.shape[1] < kept.numel()
 
@@ -79,16 +127,15 @@ FLASH = {"return_flash_attn_kwargs": True}
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
-@pytest.mark.parametrize("told_by", ["position_ids", "cu_seq_lens", "seq_idx"])
-def test_a_packed_row_is_its_samples_alone(member, positions, told_by):
-    inputs = member.batch("ragged")
-    options = {"position_ids": {}, "cu_seq_lens": FLASH, "seq_idx": {"return_seq_idx": True}}[told_by]
-    row, alone = packed(member, "ragged", inputs, **options)
-    if told_by != "position_ids":
+@pytest.mark.parametrize("told_by", ["position_ids", "cu_seq_lens", "seq_idx", "all"])
+@pytest.mark.parametrize("rows", ["ragged", "single"])
+def test_a_packed_row_is_its_samples_alone(member, rows, positions, told_by):
+    """A row of one sample, too, as the last of an epoch may be."""
+    inputs = member.batch(rows)
+    options = FLASH if told_by in ("cu_seq_lens", "all") else {}
+    row, alone = packed(member, rows, inputs, **options, return_seq_idx=told_by in ("seq_idx", "all"))
+    if told_by in ("cu_seq_lens", "seq_idx"):
         del row["position_ids"]
-    elif member.axes:  # these count tokens on one axis, in the unpruned model too
-        for sample in alone:
-            sample["position_ids"] = torch.arange(sample["input_ids"].shape[1])[None]
     check_packed(member.model, row, alone, keep=KEEP, positions=positions)
 
 
@@ -135,6 +182,33 @@ def test_attention_is_told_where_the_samples_are_now(member, positions):
         assert torch.equal(seen[0][f"cu_seq_lens_{name}"].long(), ends)
         assert seen[0][f"max_length_{name}"] == max(lengths)
     assert torch.equal(seen[0]["seq_idx"][0].bincount(), ends.diff())
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("bounds", [True, False])
+@pytest.mark.parametrize("member", [LLAVA, QWENS[1]], ids=lambda member: member.name)
+def test_kernels_for_rows_of_several_lengths(member, positions, bounds):
+    """As FlashAttention, they take bounds and no mask."""
+
+    def attend(module, query, key, value, attention_mask, cu_seq_lens_q=None, **keywords):
+        assert attention_mask is None
+        if cu_seq_lens_q is None:
+            cu_seq_lens_q = torch.tensor([0, query.shape[2]])
+        parts = [states.split(cu_seq_lens_q.diff().tolist(), dim=2) for states in (query, key, value)]
+        out = [
+            scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True) for part in zip(*parts, strict=True)
+        ]
+        return torch.cat(out, dim=2).transpose(1, 2), None
+
+    name = "lvtp_test_by_bounds"
+    ALL_ATTENTION_FUNCTIONS[name] = attend
+    try:
+        model = member.build()
+        row, alone = packed(member, "ragged", member.batch("ragged"), **(FLASH if bounds else {}))
+        model.set_attn_implementation({"text_config": name})
+        check_packed(model, row, alone, keep=KEEP, positions=positions)
+    finally:
+        del ALL_ATTENTION_FUNCTIONS[name]
 
 
 def test_keeping_everything_is_bitwise_the_unpruned_packed_row(member):
