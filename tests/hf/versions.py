@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 def run(version: str, arguments: list[str]) -> bool:
     """Whether the tests pass; prints what pytest says last, after what failed."""
     with tempfile.TemporaryDirectory() as folder:
-        install = [sys.executable, "-m", "pip", "install", "--quiet", "--target", folder]
+        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-warn-conflicts", "--target", folder]
         subprocess.run([*install, f"transformers=={version}"], check=True)
         paths = [folder, *filter(None, [os.environ.get("PYTHONPATH")])]
         done = subprocess.run(
