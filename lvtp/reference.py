@@ -25,6 +25,7 @@ __all__ = [
 ]  # fmt: skip
 
 NORM_FLOOR = 1e-12  # below this norm a token has no direction
+RANK_FLOOR = 1e-7  # a column of A U this much shorter than the first is what rounding leaves of a zero
 SPREAD_FLOOR = 1e-9  # importance that varies less than this is not scaled
 SCORE_LIMIT = 2.0**100  # greedy scores are clamped to it: N subtractions of at most this much stay far from -Inf,
 NAN_SCORE = -(2.0**126)  # and from this, the score of a NaN token, which is therefore picked after every other one
@@ -166,7 +167,8 @@ def psca(features: Tensor, groups: int, center: str = "feature") -> tuple[Tensor
 
     `center="feature"` subtracts each token's mean over D (the released code), "token" each feature's mean over the
     tokens (the paper). A token with a non-finite feature has no part in either: group 0, loading 0. Neither has one
-    that is all zero once centred.
+    that is all zero once centred. Beyond the rank of A no vector is better than another: with more tokens than
+    features, and than groups, the groups beyond it stay empty; else their vectors are any that complete a basis.
     """
     groups = checks.count("psca", "groups", groups)
     checks.psca(features, groups, center)
@@ -176,12 +178,20 @@ def psca(features: Tensor, groups: int, center: str = "feature") -> tuple[Tensor
 def _psca(features: Tensor, groups: int, center: str, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """`psca` where padding, too, is left out: its rows of A are zero and it does not count in the means."""
     a, usable = centred_sigmoid(features, center, mask)
-    gram = a @ a.mT
+    # Where tokens outnumber features, A^T A is the smaller matrix: with U its eigenvectors, V = A U up to length.
+    tall = a.shape[1] > max(a.shape[2], groups)
+    gram = a.mT @ a if tall else a @ a.mT
     # LAPACK may not converge where few tokens differ: rounding leaves entries near zero that it compares with each
     # other. Adding the mean eigenvalue to all of them changes no eigenvector and gives it something to compare with.
     gram.diagonal(dim1=-2, dim2=-1).add_(gram.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True))
     _, vectors = torch.linalg.eigh(gram)  # ascending, so the last columns are the principal ones
-    loadings, labels = vectors[..., -groups:].flip(-1).abs().max(-1)
+    vectors = vectors[..., -groups:].flip(-1)
+    if tall:
+        vectors = a @ vectors
+        length = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+        real = length > RANK_FLOOR * length[..., :1]
+        vectors = torch.where(real, vectors / torch.where(real, length, 1.0), 0.0)
+    loadings, labels = vectors.abs().max(-1)
     return torch.where(usable, labels, 0), torch.where(usable, loadings, 0.0).float()
 
 

@@ -1,6 +1,7 @@
 """What only the CPU kernels must hold: every instruction set, any number of threads, two ways to one answer."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -108,3 +109,49 @@ def test_equal_eigenvalues_have_vectors_of_their_own(n, groups):
     x[0, token, 2 * pattern], x[0, token, 2 * pattern + 1] = 1, -1
     _, loadings = lvtp.psca(x, groups)
     assert (loadings > 0.2 * (groups / n) ** 0.5).all()
+
+
+@pytest.mark.skipif(sys.platform != "linux" or "asan" in os.environ.get("LD_PRELOAD", ""), reason="limits memory")
+@pytest.mark.parametrize("threads", [1, 3])
+def test_memory_that_runs_out_is_said_with_operator_and_size(threads):
+    """For the answer, for a copy of the arguments, in a kernel: all threads on one image, or each on its own."""
+    script = f"""
+import resource, torch, lvtp
+torch.set_num_threads({threads})
+few, wide = torch.randn(1, 30000, 8), torch.randn({threads}, 3000, 3000).half()
+lvtp.psca(wide[:, :8, :8], 2)  # all that a first call needs
+with open("/proc/self/statm") as file:
+    limit = int(file.read().split()[0]) * resource.getpagesize() + 2**24
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+for call, image in (
+    (lvtp.cosine_similarity, few), (lvtp.mean_similarity, wide.mT), (lambda x: lvtp.psca(x, 8), wide),
+    (lambda x: lvtp.psca(x, 8), wide[:1]), (lambda x: lvtp.prune_sid(x, None, 64), wide),
+):
+    try:
+        call(image)
+    except RuntimeError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    names = ["cosine_similarity", "mean_similarity", "psca", "psca", "prune_sid"]
+    for line, name in zip(done.stdout.splitlines(), names, strict=True):
+        said = re.fullmatch(rf"{name}: out of memory: (\d+) bytes could not be allocated", line)
+        assert said, line
+        assert int(said[1]) > 2**23
+    assert int(re.search(r"\d+", done.stdout)[0]) == 4 * 30000**2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_many_tokens_of_few_features_need_no_matrix_of_their_pairs():
+    script = """
+import resource, torch, lvtp
+features, importance = torch.randn(1, 30000, 8), torch.rand(1, 30000)
+lvtp.prune_sid(features[:, :100], importance[:, :100], 64)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assert lvtp.prune_sid(features, importance, 64).shape == (1, 64)
+assert lvtp.psca(features, 16)[0].max() < 8
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)  # KiB
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(done.stdout) * 2**10 < 30000**2 / 10

@@ -87,6 +87,20 @@ def test_more_groups_than_components(backend, device, n, d, groups):
     verdicts.psca(lvtp.psca(x, groups, "token"), x, groups, "token")
 
 
+@pytest.mark.parametrize("center", ["feature", "token"])
+@pytest.mark.parametrize(("n", "d", "groups"), [(3, 1, 2), (40, 3, 39), (70, 24, 13), (100, 24, 24), (100, 24, 60)])
+def test_more_tokens_than_features(backend, device, n, d, groups, center):
+    """The components are found by way of the features: as exactly, and groups beyond their number stay empty."""
+    x = clustered_features(2, n, d, seed=n, device=device)
+    components = d - (center == "feature")  # rows without a mean have one dimension less
+    labels, loadings = lvtp.psca(x, groups, center)
+    assert labels.max() < max(1, min(groups, components))
+    verdicts.psca((labels, loadings), x, groups, center)
+    if components:
+        assert agreement(x, min(groups, components), center) == 1
+        assert torch.equal(labels, lvtp.psca(x, min(groups, components), center)[0])
+
+
 @pytest.mark.parametrize("n", [31, 33, 575, 577])
 def test_odd_sizes(backend, device, dtype, n):
     x = clustered_features(1, n, seed=n, dtype=dtype, device=device)

@@ -20,6 +20,8 @@ from lvtp.triton_kernels.common import block_of, operator
 
 OVERSAMPLING = 32
 PLAIN_ITERATIONS, FILTERS, DEGREE = 4, 10, 3
+RANK_FLOOR = 1e-10  # of the largest eigenvalue: what rounding leaves of one that is zero
+SHIFT = 1e-6  # what `_gram` adds to every eigenvalue
 LEAST_DAMPED = 1e-6  # of the largest eigenvalue; below, DEGREE 3 amplifies the first component beyond fp64
 
 
@@ -95,7 +97,7 @@ def orthogonalise_rows(x: Tensor) -> None:
 
 
 def _gram(a: Tensor) -> Callable[[Tensor], Tensor]:
-    """The product with A A^T / trace + 1e-6, A fp64 [B, N, D]; the matrix itself only where it saves work.
+    """The product with A A^T / trace + SHIFT, A fp64 [B, N, D]; the matrix itself only where it saves work.
 
     What is added changes no eigenvector. It keeps vectors apart that the matrix alone would send to zero, where A has
     fewer components than are asked for, and lies far below those that count.
@@ -104,9 +106,9 @@ def _gram(a: Tensor) -> Callable[[Tensor], Tensor]:
     trace = a.square().sum((1, 2))[:, None, None]
     a = a / torch.where(trace > 0, trace, 1.0).sqrt()
     if n > 2 * d:
-        return lambda y: torch.baddbmm(1e-6 * y, a, a.mT @ y)
+        return lambda y: torch.baddbmm(SHIFT * y, a, a.mT @ y)
     gram = a @ a.mT
-    return lambda y: torch.baddbmm(1e-6 * y, gram, y)
+    return lambda y: torch.baddbmm(SHIFT * y, gram, y)
 
 
 def _orthonormal(y: Tensor) -> Tensor:
@@ -139,8 +141,11 @@ def _subspace(multiply: Callable[[Tensor], Tensor], n: int, m: int, like: Tensor
 
 
 def components(a: Tensor, groups: int) -> Tensor:
-    """A fp64 [B, N, D] -> the eigenvectors of A A^T for its largest eigenvalues, largest first, fp64 [B, groups, N]."""
-    b, n, _ = a.shape
+    """A fp64 [B, N, D] -> the eigenvectors of A A^T for its largest eigenvalues, largest first, fp64 [B, groups, N].
+
+    Where tokens outnumber features, and groups, those beyond the rank are zero.
+    """
+    b, n, d = a.shape
     m = min(n, groups + OVERSAMPLING)
     multiply = _gram(a)
     y = _subspace(multiply, n, m, a)
@@ -149,8 +154,11 @@ def components(a: Tensor, groups: int) -> Tensor:
     x = torch.cat([factor, torch.eye(m, dtype=a.dtype, device=a.device).expand(b, m, m)], 2)  # [B, M, 2M]
     orthogonalise_rows(x)
     eigenvalues, rotation = x[..., :m].square().sum(2), x[..., m:]
-    order = eigenvalues.argsort(dim=1, descending=True, stable=True)[:, :groups, None].expand(b, groups, m)
-    return rotation.gather(1, order) @ y.mT
+    eigenvalues, order = (t[:, :groups, None] for t in eigenvalues.sort(dim=1, descending=True, stable=True))
+    vectors = rotation.gather(1, order.expand(b, groups, m)) @ y.mT
+    if n <= d or groups == n:
+        return vectors
+    return torch.where(eigenvalues - SHIFT > RANK_FLOOR * eigenvalues[:, :1], vectors, 0.0)
 
 
 def launch(features: Tensor, groups: int, center: str, mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,8 @@ static Tensor cluster_nms(
   const auto tau = ready(threshold, ScalarType::Float), group = ready(labels);
   const int64_t b = s.size(0), n = s.size(1);
   const Mask present(mask, n);
-  auto kept = torch::stable::new_zeros(s, {b, n}, ScalarType::Bool);
+  auto kept = empty(s, {b, n}, ScalarType::Bool);
+  std::fill_n(data_out<bool>(kept), b * n, false);
 
   for_each_image(b, [&](int64_t image) {
     const float* rows = data<float>(sim) + image * n * n;
@@ -39,6 +40,6 @@ static Tensor cluster_nms_op(Tensor scores, Tensor labels, Tensor similarity, do
 }  // namespace lvtp::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(lvtp, CPU, m) {
-  m.impl("cluster_nms", TORCH_BOX(&lvtp::cpu::cluster_nms_op));
-  m.impl("cluster_nms.per_image", TORCH_BOX(&lvtp::cpu::cluster_nms_per_image_op));
+  m.impl("cluster_nms", LVTP_KERNEL("cluster_nms", &lvtp::cpu::cluster_nms_op));
+  m.impl("cluster_nms.per_image", LVTP_KERNEL("cluster_nms", &lvtp::cpu::cluster_nms_per_image_op));
 }

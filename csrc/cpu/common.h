@@ -23,10 +23,6 @@
 
 namespace lvtp::cpu {
 
-inline Tensor empty_like_device(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, shape, dtype);
-}
-
 // The row of a [B, N] bool mask that belongs to one image; without a mask every token is present.
 struct Mask {
   OptionalTensor tensor;

@@ -47,7 +47,7 @@ static Tensor cosine_similarity_op(Tensor features) {
   checks::cosine_similarity(features);
   const auto x = ready(features);
   const int64_t b = x.size(0), n = x.size(1), d = x.size(2);
-  auto out = empty_like_device(x, {b, n, n}, ScalarType::Float);
+  auto out = empty(x, {b, n, n}, ScalarType::Float);
   auto* matrices = data_out<float>(out);
   with_features(x, [&](const auto* p) {
     Team::for_each_image(b, [&](int64_t image, Team& team) {
@@ -59,4 +59,6 @@ static Tensor cosine_similarity_op(Tensor features) {
 
 }  // namespace lvtp::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(lvtp, CPU, m) { m.impl("cosine_similarity", TORCH_BOX(&lvtp::cpu::cosine_similarity_op)); }
+STABLE_TORCH_LIBRARY_IMPL(lvtp, CPU, m) {
+  m.impl("cosine_similarity", LVTP_KERNEL("cosine_similarity", &lvtp::cpu::cosine_similarity_op));
+}

@@ -23,7 +23,7 @@ static Tensor dynamic_budget_op(Tensor features, int64_t total, int64_t minimum)
     (sum <= static_cast<double>(total) ? low : high) = middle;
   }
 
-  auto out = empty_like_device(features, {b}, ScalarType::Long);
+  auto out = empty(features, {b}, ScalarType::Long);
   int64_t* budget = data_out<int64_t>(out);
   std::vector<double> remainder(b);
   for (int64_t i = 0; i < b; ++i) {
@@ -40,4 +40,6 @@ static Tensor dynamic_budget_op(Tensor features, int64_t total, int64_t minimum)
 
 }  // namespace lvtp::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(lvtp, CPU, m) { m.impl("dynamic_budget", TORCH_BOX(&lvtp::cpu::dynamic_budget_op)); }
+STABLE_TORCH_LIBRARY_IMPL(lvtp, CPU, m) {
+  m.impl("dynamic_budget", LVTP_KERNEL("dynamic_budget", &lvtp::cpu::dynamic_budget_op));
+}

@@ -4,7 +4,9 @@
 #include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <new>
 
+#include "../memory.h"
 #include "simd.h"
 #include "team.h"
 
@@ -18,7 +20,10 @@ inline int64_t strips(int64_t rows) { return (rows + kTile - 1) / kTile; }
 template <class T>
 class Array {
  public:
-  explicit Array(int64_t size) : memory_(new char[size * sizeof(T) + kAlign]) {
+  explicit Array(int64_t size) {
+    const int64_t bytes = size * static_cast<int64_t>(sizeof(T)) + kAlign;
+    memory_.reset(new (std::nothrow) char[bytes]);
+    if (!memory_) throw OutOfMemory(bytes);
     const auto address = reinterpret_cast<uintptr_t>(memory_.get());
     first_ = reinterpret_cast<T*>((address + kAlign - 1) / kAlign * kAlign);
   }
@@ -26,7 +31,7 @@ class Array {
   T& operator[](int64_t i) const { return first_[i]; }
 
  private:
-  static constexpr uintptr_t kAlign = 64;
+  static constexpr int64_t kAlign = 64;
   std::unique_ptr<char[]> memory_;
   T* first_;
 };

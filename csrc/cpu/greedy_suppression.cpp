@@ -14,7 +14,7 @@ static Tensor greedy_suppression_op(Tensor scores, Tensor similarity, int64_t k,
   const auto sim = ready(similarity, ScalarType::Float);
   const int64_t b = s.size(0), n = s.size(1);
   const Mask present(mask, n);
-  auto out = empty_like_device(s, {b, k}, ScalarType::Long);
+  auto out = empty(s, {b, k}, ScalarType::Long);
 
   for_each_image(b, [&](int64_t image) {
     const auto tokens = present.tokens(image);
@@ -31,4 +31,6 @@ static Tensor greedy_suppression_op(Tensor scores, Tensor similarity, int64_t k,
 
 }  // namespace lvtp::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(lvtp, CPU, m) { m.impl("greedy_suppression", TORCH_BOX(&lvtp::cpu::greedy_suppression_op)); }
+STABLE_TORCH_LIBRARY_IMPL(lvtp, CPU, m) {
+  m.impl("greedy_suppression", LVTP_KERNEL("greedy_suppression", &lvtp::cpu::greedy_suppression_op));
+}

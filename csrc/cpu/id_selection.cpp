@@ -34,7 +34,7 @@ static Tensor id_selection_op(Tensor features, Tensor importance, int64_t k, dou
   const auto x = ready(features), s = ready(importance, ScalarType::Float);
   const int64_t b = x.size(0), n = x.size(1), d = x.size(2);
   const Mask present(mask, n);
-  auto out = empty_like_device(x, {b, k}, ScalarType::Long);
+  auto out = empty(x, {b, k}, ScalarType::Long);
 
   with_features(x, [&](const auto* p) {
     const auto select = [&](int64_t image, Team* team) {
@@ -57,4 +57,6 @@ static Tensor id_selection_op(Tensor features, Tensor importance, int64_t k, dou
 
 }  // namespace lvtp::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(lvtp, CPU, m) { m.impl("id_selection", TORCH_BOX(&lvtp::cpu::id_selection_op)); }
+STABLE_TORCH_LIBRARY_IMPL(lvtp, CPU, m) {
+  m.impl("id_selection", LVTP_KERNEL("id_selection", &lvtp::cpu::id_selection_op));
+}

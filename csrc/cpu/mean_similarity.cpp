@@ -41,7 +41,7 @@ Tensor mean_similarity(const Tensor& features, const OptionalTensor& mask) {
   const auto x = ready(features);
   const int64_t b = x.size(0), n = x.size(1), d = x.size(2);
   const Mask present(mask, n);
-  auto out = empty_like_device(x, {b}, ScalarType::Float);
+  auto out = empty(x, {b}, ScalarType::Float);
   auto* rho = data_out<float>(out);
   with_features(x, [&](const auto* p) {
     Team::for_each_image(b, [&](int64_t image, Team& team) {
@@ -58,4 +58,6 @@ static Tensor mean_similarity_op(Tensor features, OptionalTensor mask) {
 
 }  // namespace lvtp::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(lvtp, CPU, m) { m.impl("mean_similarity", TORCH_BOX(&lvtp::cpu::mean_similarity_op)); }
+STABLE_TORCH_LIBRARY_IMPL(lvtp, CPU, m) {
+  m.impl("mean_similarity", LVTP_KERNEL("mean_similarity", &lvtp::cpu::mean_similarity_op));
+}

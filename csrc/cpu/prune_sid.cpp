@@ -66,7 +66,7 @@ static Tensor prune_sid_op(
   const auto x = ready(features);
   const auto rho = mean_similarity(x, mask);
   const int64_t places = std::min(n - reserved, tokens);
-  auto out = empty_like_device(x, {b, places}, ScalarType::Long);
+  auto out = empty(x, {b, places}, ScalarType::Long);
   const Mask present(mask, tokens);
   with_features(x, [&](const auto* p) {
     for_each_image(b, [&](int64_t image) {
@@ -87,4 +87,4 @@ static Tensor prune_sid_op(
 
 }  // namespace lvtp::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(lvtp, CPU, m) { m.impl("prune_sid", TORCH_BOX(&lvtp::cpu::prune_sid_op)); }
+STABLE_TORCH_LIBRARY_IMPL(lvtp, CPU, m) { m.impl("prune_sid", LVTP_KERNEL("prune_sid", &lvtp::cpu::prune_sid_op)); }

@@ -161,9 +161,10 @@ static void psca_image(
     int64_t* labels, float* loadings) {
   const CentredSigmoid<T, Present> a(team, x, n, d, over_features, present);
   std::vector<char> usable(n);
-  // Where tokens outnumber features, the small matrix is A^T A, and V = A U up to length. It has no vectors for groups
-  // beyond the rank, which is why there must be fewer.
-  const bool transposed = n > d && 2 * groups <= d;
+  // Where tokens outnumber features, the small matrix is A^T A, and V = A U up to length. Groups beyond the rank have
+  // no vector there, and so no token; as many groups as tokens are a whole basis, of which every token has its part.
+  const bool transposed = n > d && groups < n;
+  if (transposed) groups = std::min(groups, d);
   const Panels panels(transposed ? d : n, transposed ? n : d);
   std::vector<float> largest(strips(n));
   team.run(strips(n), [&](int64_t s) {
@@ -196,8 +197,8 @@ std::pair<Tensor, Tensor> psca(
   const auto x = ready(features);
   const int64_t b = x.size(0), n = x.size(1), d = x.size(2);
   const Mask present(mask, n);
-  auto labels = empty_like_device(x, {b, n}, ScalarType::Long);
-  auto loadings = empty_like_device(x, {b, n}, ScalarType::Float);
+  auto labels = empty(x, {b, n}, ScalarType::Long);
+  auto loadings = empty(x, {b, n}, ScalarType::Float);
   auto* label = data_out<int64_t>(labels);
   auto* loading = data_out<float>(loadings);
   with_features(x, [&](const auto* p) {
@@ -218,4 +219,4 @@ static std::tuple<Tensor, Tensor> psca_op(Tensor features, int64_t groups, std::
 
 }  // namespace lvtp::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(lvtp, CPU, m) { m.impl("psca", TORCH_BOX(&lvtp::cpu::psca_op)); }
+STABLE_TORCH_LIBRARY_IMPL(lvtp, CPU, m) { m.impl("psca", LVTP_KERNEL("psca", &lvtp::cpu::psca_op)); }

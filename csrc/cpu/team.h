@@ -11,12 +11,37 @@
 
 namespace lvtp::cpu {
 
+// What one of several threads threw first, for the thread that waits for them. Out of torch's parallel_for an exception
+// comes without its words: nothing may leave its function.
+class Failure {
+ public:
+  template <class F>
+  void guard(const F& fn) {
+    try {
+      fn();
+    } catch (...) {
+      if (!failed_.exchange(true)) error_ = std::current_exception();
+    }
+  }
+  void rethrow() {  // once all threads are done
+    if (failed_.exchange(false)) std::rethrow_exception(error_);
+  }
+
+ private:
+  std::atomic<bool> failed_{false};
+  std::exception_ptr error_;
+};
+
 // fn(image) for every image, in parallel.
 template <class F>
 void for_each_image(int64_t images, const F& fn) {
+  Failure failure;
   torch::stable::parallel_for(0, images, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) fn(b);
+    failure.guard([&] {
+      for (int64_t b = begin; b < end; ++b) fn(b);
+    });
   });
+  failure.rethrow();
 }
 
 // One thread leads and calls run(); the others assist() until it is done. A piece belongs to whoever claims it first,
@@ -47,14 +72,13 @@ class Team {
     team.alone_ = threads == 1;
     if (team.alone_) return lead(team);
     std::atomic<bool> led{false};
+    Failure failure;
     torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
       if (led.exchange(true)) return team.assist();
-      struct Finish {
-        Team& team;
-        ~Finish() { team.finished_.store(true, std::memory_order_release); }
-      } finish{team};
-      lead(team);
+      failure.guard([&] { lead(team); });
+      team.finished_.store(true, std::memory_order_release);
     });
+    failure.rethrow();
   }
 
   // lead(image, team) for every image: one after the other with all threads where there are fewer images than threads,
@@ -109,7 +133,7 @@ class Team {
     for (int64_t spins = 0; left_.load(std::memory_order_acquire) != 0; ++spins) {
       if (!work_once(0, spins)) rest(spins);
     }
-    if (failed_.exchange(false)) std::rethrow_exception(error_);
+    failure_.rethrow();
   }
 
   static void rest(int64_t spins) {
@@ -133,11 +157,7 @@ class Team {
     if (!round_.compare_exchange_strong(round.word, round.word & ~(uint64_t{1} << i), std::memory_order_acq_rel)) {
       return true;
     }
-    try {
-      call_(piece_, i);
-    } catch (...) {  // out of memory; the leader, who waits for this piece, throws it on
-      if (!failed_.exchange(true)) error_ = std::current_exception();
-    }
+    failure_.guard([&] { call_(piece_, i); });  // the leader, who waits for this piece, throws it on
     left_.fetch_sub(1, std::memory_order_release);
     return true;
   }
@@ -156,8 +176,8 @@ class Team {
   std::atomic<uint64_t> members_{1};
   alignas(64) std::atomic<uint64_t> round_{0};
   alignas(64) std::atomic<int64_t> left_{0};
-  std::atomic<bool> finished_{false}, failed_{false};
-  std::exception_ptr error_;
+  std::atomic<bool> finished_{false};
+  Failure failure_;
 };
 
 }  // namespace lvtp::cpu

@@ -8,7 +8,7 @@ static Tensor cluster_nms(
     double threshold, const OptionalTensor& mask) {
   checks::cluster_nms(scores, labels, similarity, thresholds, mask);
   const int64_t b = scores.size(0), n = scores.size(1);
-  auto kept = torch::stable::new_empty(scores, {b, n}, ScalarType::Bool);
+  auto kept = empty(scores, {b, n}, ScalarType::Bool);
   if (b == 0) return kept;
   const DeviceGuard guard(scores.get_device_index());
   const auto s = ready(scores, ScalarType::Float), group = ready(labels), sim = ready_floats(similarity);
@@ -34,6 +34,6 @@ static Tensor cluster_nms_per_image_op(
 }  // namespace lvtp::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(lvtp, CUDA, m) {
-  m.impl("cluster_nms", TORCH_BOX(&lvtp::cuda::cluster_nms_op));
-  m.impl("cluster_nms.per_image", TORCH_BOX(&lvtp::cuda::cluster_nms_per_image_op));
+  m.impl("cluster_nms", LVTP_KERNEL("cluster_nms", &lvtp::cuda::cluster_nms_op));
+  m.impl("cluster_nms.per_image", LVTP_KERNEL("cluster_nms", &lvtp::cuda::cluster_nms_per_image_op));
 }

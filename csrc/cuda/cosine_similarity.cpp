@@ -5,7 +5,7 @@ namespace lvtp::cuda {
 static Tensor cosine_similarity_op(Tensor features) {
   checks::cosine_similarity(features);
   const int64_t b = features.size(0), n = features.size(1), d = features.size(2);
-  auto out = torch::stable::new_empty(features, {b, n, n}, ScalarType::Float);
+  auto out = empty(features, {b, n, n}, ScalarType::Float);
   if (b == 0) return out;
   const DeviceGuard guard(features.get_device_index());
   const auto x = ready(features);
@@ -15,4 +15,6 @@ static Tensor cosine_similarity_op(Tensor features) {
 
 }  // namespace lvtp::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(lvtp, CUDA, m) { m.impl("cosine_similarity", TORCH_BOX(&lvtp::cuda::cosine_similarity_op)); }
+STABLE_TORCH_LIBRARY_IMPL(lvtp, CUDA, m) {
+  m.impl("cosine_similarity", LVTP_KERNEL("cosine_similarity", &lvtp::cuda::cosine_similarity_op));
+}

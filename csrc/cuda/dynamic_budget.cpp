@@ -5,7 +5,7 @@ namespace lvtp::cuda {
 static Tensor dynamic_budget_op(Tensor features, int64_t total, int64_t minimum) {
   checks::dynamic_budget(features, total, minimum);
   const int64_t b = features.size(0), n = features.size(1), d = features.size(2);
-  auto budget = torch::stable::new_empty(features, {b}, ScalarType::Long);
+  auto budget = empty(features, {b}, ScalarType::Long);
   if (b == 0) return budget;
   const DeviceGuard guard(features.get_device_index());
   const auto x = ready(features);
@@ -18,4 +18,6 @@ static Tensor dynamic_budget_op(Tensor features, int64_t total, int64_t minimum)
 
 }  // namespace lvtp::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(lvtp, CUDA, m) { m.impl("dynamic_budget", TORCH_BOX(&lvtp::cuda::dynamic_budget_op)); }
+STABLE_TORCH_LIBRARY_IMPL(lvtp, CUDA, m) {
+  m.impl("dynamic_budget", LVTP_KERNEL("dynamic_budget", &lvtp::cuda::dynamic_budget_op));
+}

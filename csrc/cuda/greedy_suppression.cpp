@@ -5,7 +5,7 @@ namespace lvtp::cuda {
 static Tensor greedy_suppression_op(Tensor scores, Tensor similarity, int64_t k, double gamma, OptionalTensor mask) {
   checks::greedy_suppression(scores, similarity, k, gamma, mask);
   const int64_t b = scores.size(0), n = scores.size(1);
-  auto picks = torch::stable::new_empty(scores, {b, k}, ScalarType::Long);
+  auto picks = empty(scores, {b, k}, ScalarType::Long);
   if (b == 0) return picks;
   const DeviceGuard guard(scores.get_device_index());
   const auto s = ready(scores, ScalarType::Float), sim = ready_floats(similarity);
@@ -20,5 +20,5 @@ static Tensor greedy_suppression_op(Tensor scores, Tensor similarity, int64_t k,
 }  // namespace lvtp::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(lvtp, CUDA, m) {
-  m.impl("greedy_suppression", TORCH_BOX(&lvtp::cuda::greedy_suppression_op));
+  m.impl("greedy_suppression", LVTP_KERNEL("greedy_suppression", &lvtp::cuda::greedy_suppression_op));
 }

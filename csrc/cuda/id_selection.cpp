@@ -5,7 +5,7 @@ namespace lvtp::cuda {
 static Tensor id_selection_op(Tensor features, Tensor importance, int64_t k, double gamma, OptionalTensor mask) {
   checks::id_selection(features, importance, k, gamma, mask);
   const int64_t b = features.size(0), n = features.size(1), d = features.size(2);
-  auto picks = torch::stable::new_empty(features, {b, k}, ScalarType::Long);
+  auto picks = empty(features, {b, k}, ScalarType::Long);
   if (b == 0) return picks;
   const DeviceGuard guard(features.get_device_index());
   const auto x = ready(features), s = ready(importance, ScalarType::Float);
@@ -19,4 +19,6 @@ static Tensor id_selection_op(Tensor features, Tensor importance, int64_t k, dou
 
 }  // namespace lvtp::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(lvtp, CUDA, m) { m.impl("id_selection", TORCH_BOX(&lvtp::cuda::id_selection_op)); }
+STABLE_TORCH_LIBRARY_IMPL(lvtp, CUDA, m) {
+  m.impl("id_selection", LVTP_KERNEL("id_selection", &lvtp::cuda::id_selection_op));
+}

@@ -35,8 +35,6 @@ inline Tensor ready_floats(const Tensor& t) {
 
 inline const bool* data_or_null(const OptionalTensor& t) { return t ? data<bool>(*t) : nullptr; }
 
-inline Tensor workspace(const Tensor& like, int64_t bytes) {
-  return torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
-}
+inline Tensor workspace(const Tensor& like, int64_t bytes) { return empty(like, {bytes}, ScalarType::Byte); }
 
 }  // namespace lvtp::cuda

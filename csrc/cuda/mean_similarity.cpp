@@ -5,7 +5,7 @@ namespace lvtp::cuda {
 static Tensor mean_similarity_op(Tensor features, OptionalTensor mask) {
   checks::mean_similarity(features, mask);
   const int64_t b = features.size(0), n = features.size(1), d = features.size(2);
-  auto out = torch::stable::new_empty(features, {b}, ScalarType::Float);
+  auto out = empty(features, {b}, ScalarType::Float);
   if (b == 0) return out;
   const DeviceGuard guard(features.get_device_index());
   const auto x = ready(features);
@@ -19,4 +19,6 @@ static Tensor mean_similarity_op(Tensor features, OptionalTensor mask) {
 
 }  // namespace lvtp::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(lvtp, CUDA, m) { m.impl("mean_similarity", TORCH_BOX(&lvtp::cuda::mean_similarity_op)); }
+STABLE_TORCH_LIBRARY_IMPL(lvtp, CUDA, m) {
+  m.impl("mean_similarity", LVTP_KERNEL("mean_similarity", &lvtp::cuda::mean_similarity_op));
+}

@@ -10,7 +10,7 @@ static Tensor prune_sid_op(
   checks::prune_sid(features, importance, n, reserved, center, labels, mask);
   const int64_t b = features.size(0), tokens = features.size(1), d = features.size(2);
   const int64_t groups = std::max<int64_t>(1, std::min(n / 4, tokens));
-  auto picks = torch::stable::new_empty(features, {b, std::min(n - reserved, tokens)}, ScalarType::Long);
+  auto picks = empty(features, {b, std::min(n - reserved, tokens)}, ScalarType::Long);
   if (b == 0) return picks;
   const DeviceGuard guard(features.get_device_index());
   const auto x = ready(features);
@@ -26,4 +26,4 @@ static Tensor prune_sid_op(
 
 }  // namespace lvtp::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(lvtp, CUDA, m) { m.impl("prune_sid", TORCH_BOX(&lvtp::cuda::prune_sid_op)); }
+STABLE_TORCH_LIBRARY_IMPL(lvtp, CUDA, m) { m.impl("prune_sid", LVTP_KERNEL("prune_sid", &lvtp::cuda::prune_sid_op)); }

@@ -7,8 +7,8 @@ namespace lvtp::cuda {
 static std::tuple<Tensor, Tensor> psca_op(Tensor features, int64_t groups, std::string center) {
   checks::psca(features, groups, center);
   const int64_t b = features.size(0), n = features.size(1), d = features.size(2);
-  auto labels = torch::stable::new_empty(features, {b, n}, ScalarType::Long);
-  auto loadings = torch::stable::new_empty(features, {b, n}, ScalarType::Float);
+  auto labels = empty(features, {b, n}, ScalarType::Long);
+  auto loadings = empty(features, {b, n}, ScalarType::Float);
   if (b == 0) return {labels, loadings};
   const DeviceGuard guard(features.get_device_index());
   const auto x = ready(features);
@@ -21,4 +21,4 @@ static std::tuple<Tensor, Tensor> psca_op(Tensor features, int64_t groups, std::
 
 }  // namespace lvtp::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(lvtp, CUDA, m) { m.impl("psca", TORCH_BOX(&lvtp::cuda::psca_op)); }
+STABLE_TORCH_LIBRARY_IMPL(lvtp, CUDA, m) { m.impl("psca", LVTP_KERNEL("psca", &lvtp::cuda::psca_op)); }

@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "device.cuh"
 #include "eigen.h"
 
@@ -178,9 +180,12 @@ __global__ void __launch_bounds__(kThreads) assign(
   loadings[token] = most;
 }
 
-// Where tokens outnumber features, the small matrix is A^T A, and V = A U up to length. It has no vectors for groups
-// beyond the rank, which is why there must be fewer.
-bool over_the_features(int64_t n, int64_t d, int64_t groups) { return n > d && 2 * groups <= d; }
+// Where tokens outnumber features, the small matrix is A^T A, and V = A U up to length. Groups beyond the rank have no
+// vector there, and so no token; as many groups as tokens are a whole basis, of which every token has its part.
+bool over_the_features(int64_t n, int64_t d, int64_t groups) { return n > d && groups < n; }
+int64_t with_vectors(int64_t n, int64_t d, int64_t groups) {
+  return over_the_features(n, d, groups) ? std::min(groups, d) : groups;
+}
 
 struct Pieces {
   double *matrices, *vectors, *projected, *squares;
@@ -191,6 +196,7 @@ struct Pieces {
 
 Pieces divide(void* workspace, int64_t images, int64_t n, int64_t d, int64_t groups) {
   const bool transposed = over_the_features(n, d, groups);
+  groups = with_vectors(n, d, groups);
   const int64_t rows = transposed ? d : n;
   Workspace w{static_cast<char*>(workspace)};
   Pieces p{};
@@ -215,6 +221,8 @@ cudaError_t psca(
     const void* features, Dtype dtype, const bool* mask, int64_t images, int64_t n, int64_t d, int64_t groups,
     bool over_features, void* workspace, int64_t* labels, float* loadings, cudaStream_t stream) {
   const Pieces p = divide(workspace, images, n, d, groups);
+  const bool transposed = over_the_features(n, d, groups);
+  groups = with_vectors(n, d, groups);
   const int64_t tokens = images * n;
   const unsigned warp_each = blocks(ceil_div(tokens, kThreads / 32));
   LVTP_TRY(with_dtype(features, dtype, [&](const auto* x) {
@@ -230,7 +238,6 @@ cudaError_t psca(
 
   const auto size = static_cast<int>(n), depth = static_cast<int>(d), wanted = static_cast<int>(groups);
   const Rows<float> a{p.a, size, depth, d, 1, n * d}, features_of_a{p.a, depth, size, 1, d, n * d};
-  const bool transposed = over_the_features(n, d, groups);
   const Rows<float>& x = transposed ? features_of_a : a;
   LVTP_TRY(launch_multiply(x, x, true, images, eigen_matrix_size(x.rows), p.matrices, stream));
   LVTP_TRY(leading_eigenvectors(p.matrices, images, x.rows, groups, p.scratch, p.vectors, stream));

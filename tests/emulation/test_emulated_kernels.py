@@ -423,6 +423,15 @@ def test_psca_at_the_edges_of_rank_and_range():
     assert not loadings.any()
 
 
+@pytest.mark.parametrize(("n", "d", "groups"), [(3, 1, 2), (40, 3, 20), (60, 16, 14)])
+def test_psca_of_more_groups_than_half_the_features(n, d, groups):
+    kernels.module().set_seed(n)
+    x = clustered_features(1, n, d, seed=n)
+    labels, loadings = kernels.psca(x, groups, "token")
+    assert labels.max() < min(groups, d)
+    assert agreement(labels, loadings, x, min(groups, d), "token") == 1
+
+
 def test_psca_of_equal_tokens():
     kernels.module().set_seed(0)
     for value in (0.0, 1.0):
