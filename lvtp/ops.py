@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lvtp import arguments, checks, chips, dlpack, reference, triton_kernels
 from lvtp.arguments import constant_when_traced
@@ -301,18 +302,60 @@ def _(features, total, minimum=1):
     return features.new_empty((features.shape[0],), dtype=torch.int64)
 
 
-def _refuse_backward(name: str, instead: str) -> None:
-    def backward(_ctx, *_grads):
-        raise RuntimeError(f"lvtp.{name} is not differentiable: {instead}")
+# ------------------------------------------------------------------------------------------------------- derivatives
+
+# Indices carry no gradient, so the selectors need no word here: `take` the features with them, and it flows. The others
+# have kernels for the dispatcher's Autograd key: `register_autograd` knows neither forward mode nor torch.func.
+
+
+def _register_derivative(name: str, differentiable: Callable) -> None:
+    """`differentiable(below, *args)` where a derivative with respect to the first argument is asked for.
+
+    `below(*args)` is the operator without derivatives.
+    """
+
+    def register(namespace: str) -> None:
+        operator = getattr(getattr(torch.ops, namespace), name).default
+
+        def run(keys, *args):
+            def below(*args):
+                with torch._C._AutoDispatchBelowAutograd():
+                    return operator.redispatch(keys & torch._C._after_autograd_keyset, *args)
+
+            return differentiable(below, *args) if _wants(args[0]) else below(*args)
+
+        _derivatives.append(torch.library.Library(namespace, "FRAGMENT"))
+        _derivatives[-1].impl(name, run, "Autograd", with_keyset=True)
 
     for namespace in ("lvtp", "lvtp_triton"):
-        torch.library.register_autograd(f"{namespace}::{name}", backward)
+        register(namespace)
 
 
-# Indices carry no gradient, so the selectors need no word here: `take` the features with them, and it flows.
-_refuse_backward("cosine_similarity", "detach its argument, or use lvtp.reference.cosine_similarity, which is")
-_refuse_backward("mean_similarity", "detach its argument, or use lvtp.reference.mean_similarity, which is")
-_refuse_backward("psca", "groups are a choice, not a function of the features; detach its argument")
+_derivatives: list[torch.library.Library] = []  # a kernel lives as long as its library object
+
+
+def _wants(t: Tensor) -> bool:
+    return (torch.is_grad_enabled() and t.requires_grad) or _has_tangent(t)
+
+
+def _has_tangent(t: Tensor) -> bool:
+    return forward_ad.unpack_dual(t).tangent is not None
+
+
+def _psca_without_derivative(below, features, *others):
+    """Backward refuses, where it comes by the loadings; forward mode has no later time to do so."""
+    why = "lvtp.psca is not differentiable: groups are a choice, not a function of the features; detach its argument"
+    if _has_tangent(features):
+        raise RuntimeError(why)
+    labels, loadings = below(features, *others)
+    refusal = torch._C._functions.DelayedError(why, 1)(features)[..., 0]
+    return labels, torch.where(torch.ones_like(loadings, dtype=torch.bool), loadings, refusal.float())
+
+
+# The same values to within rounding, from PyTorch's own operators, which know every mode and order.
+for _name in ("cosine_similarity", "mean_similarity"):
+    _register_derivative(_name, functools.partial(lambda of, below, *args: of(*args), getattr(reference, _name)))
+_register_derivative("psca", _psca_without_derivative)
 
 
 # -------------------------------------------------------------------------------------------- the functions themselves
@@ -326,7 +369,7 @@ def cosine_similarity(features: Tensor) -> Tensor:
 
     Returns:
         float32 [B, N, N], accumulated in float32. A token with NaN or Inf, or with only zeros, has similarity 0 to
-        every token. Not differentiable (`lvtp.reference.cosine_similarity` is).
+        every token. Differentiable: where a derivative is asked for, PyTorch's own operators compute the value, too.
 
     Raises:
         RuntimeError: `features` of another rank or dtype, or without tokens.
@@ -345,8 +388,7 @@ def mean_similarity(features: Tensor, mask: Tensor | None = None) -> Tensor:
         mask: bool [B, N], False = padding.
 
     Returns:
-        float32 [B]; 0 where an image has fewer than two real tokens. Not differentiable
-        (`lvtp.reference.mean_similarity` is).
+        float32 [B]; 0 where an image has fewer than two real tokens. Differentiable, as `cosine_similarity` is.
 
     Raises:
         RuntimeError: an argument of another rank, shape, dtype or device.
@@ -420,7 +462,8 @@ def psca(features: Tensor, groups: int, center: str = "feature") -> tuple[Tensor
             feature's mean over the tokens (the paper).
 
     Returns:
-        labels int64 [B, N] in [0, groups), and the absolute loadings on them, float32 [B, N]. Not differentiable.
+        labels int64 [B, N] in [0, groups), and the absolute loadings on them, float32 [B, N]. Not differentiable:
+        backward through the loadings is an error, and so is a call in forward mode.
 
     Raises:
         RuntimeError: an argument of another rank or dtype, or out of range.

@@ -42,7 +42,8 @@ def _directions(features: Tensor) -> Tensor:
     x = torch.where(x.isfinite().all(-1, keepdim=True), x, 0.0)
     # Squares of features as large as 1e30 overflow fp32, so the norm is accumulated in float64.
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float64).float()
-    return x / norm.clamp_min(NORM_FLOOR)
+    # A token of zeros has no direction, and so no gradient either, instead of one of 1e12.
+    return torch.where(norm > 0, x / norm.clamp_min(NORM_FLOOR), 0.0)
 
 
 def without_autocast(t: Tensor) -> contextlib.AbstractContextManager:

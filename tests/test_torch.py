@@ -309,22 +309,107 @@ def test_indices_carry_no_gradient_and_gathering_with_them_does():
     assert features.grad.abs().sum(-1).count_nonzero() == 10
 
 
-@pytest.mark.parametrize("name", ["cosine_similarity", "mean_similarity", "psca"])
-def test_backward_through_a_floating_point_result_says_what_to_do(name):
-    args = example(name)
-    args[0].requires_grad_()
-    out = getattr(lvtp, name)(*args)
-    out = out[1] if isinstance(out, tuple) else out
-    with pytest.raises(RuntimeError, match=f"lvtp.{name} is not differentiable"):
-        out.sum().backward()
+def in_float64(name: str, mask: torch.Tensor):
+    """The operator in the textbook's words, for features without bad tokens."""
+
+    def cosine_similarity(x):
+        unit = torch.nn.functional.normalize(x.double(), dim=-1)
+        return unit @ unit.mT
+
+    def mean_similarity(x):
+        pairs = mask[:, :, None] & mask[:, None] & ~torch.eye(mask.shape[1], dtype=torch.bool)
+        return torch.where(pairs, cosine_similarity(x), 0.0).sum((1, 2)) / pairs.sum((1, 2))
+
+    return {"cosine_similarity": cosine_similarity, "mean_similarity": mean_similarity}[name]
 
 
+DERIVATIVES = {
+    "backward": lambda f, x, t: torch.autograd.grad(f(y := x.clone().requires_grad_()), y)[0],
+    "twice": lambda f, x, t: torch.autograd.functional.hvp(f, x, t)[1],
+    "forward": lambda f, x, t: torch.autograd.functional.jvp(f, x, t, strict=True)[1],
+    "grad": lambda f, x, t: torch.func.grad(f)(x),
+    "jvp": lambda f, x, t: torch.func.jvp(f, (x,), (t,))[1],
+    "jacfwd": lambda f, x, t: torch.func.jacfwd(f)(x),
+    "jacrev": lambda f, x, t: torch.func.jacrev(f)(x),
+    "hessian": lambda f, x, t: torch.func.hessian(f)(x),
+    "grad of jvp": lambda f, x, t: torch.func.grad(lambda y: torch.func.jvp(f, (y,), (t,))[1])(x),
+    "compiled": lambda f, x, t: DERIVATIVES["backward"](torch.compile(f, backend="aot_eager", fullgraph=True), x, t),
+}
+
+
+@pytest.mark.parametrize("kind", DERIVATIVES)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("name", ["cosine_similarity", "mean_similarity"])
-def test_the_reference_is_differentiable(name):
-    features = torch.randn(1, 5, 4, dtype=torch.float32, requires_grad=True)
-    getattr(lvtp.reference, name)(features).sum().backward()
+def test_derivatives_of_every_kind_and_order(name, backend, kind):
+    torch._dynamo.reset()
+    g = torch.Generator().manual_seed(0)
+    x, t = torch.randn(2, 2, 5, 4, generator=g)
+    mask = torch.tensor([[True] * 5, [True, False, True, True, False]])
+    others = (mask,) if name == "mean_similarity" else ()
+    weights = torch.rand(lvtp.reference.cosine_similarity(x).shape[: 3 - 2 * len(others)], generator=g).double()
+
+    def weighted(f):
+        return lambda y: (f(y) * weights).sum()
+
+    if backend == "reference" and kind == "compiled":
+        pytest.skip("the reference is not made to be traced")
+    with lvtp.use_backend(backend):
+        got = DERIVATIVES[kind](weighted(lambda y: getattr(lvtp, name)(y, *others)), x, t)
+    assert got.abs().max() > 1e-3
+    wanted = DERIVATIVES["backward" if kind == "compiled" else kind](weighted(in_float64(name, mask)), x, t)
+    torch.testing.assert_close(got, wanted.to(got.dtype), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["cosine_similarity", "mean_similarity"])
+def test_tokens_without_direction_have_no_gradient(name, dtype):
+    features = torch.randn(1, 5, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    features[0, 1], features[0, 3, 2] = 0, torch.nan
+    features.requires_grad_()
+    (getattr(lvtp, name)(features).sum() * 2).backward()
+    assert features.grad.dtype == dtype
+    assert (features.grad[0] != 0).any(1).tolist() == [True, False, True, False, True]
     assert features.grad.isfinite().all()
-    assert features.grad.abs().sum() > 0
+
+
+def test_a_derivative_changes_the_value_by_roundings_alone():
+    features, mask = example("mean_similarity", n=33)
+    for name, others in (("cosine_similarity", ()), ("mean_similarity", (mask,))):
+        value = getattr(torch.ops.lvtp, name)(features, *others)
+        with_derivative = getattr(torch.ops.lvtp, name)(features.clone().requires_grad_(), *others)
+        assert with_derivative.requires_grad
+        torch.testing.assert_close(with_derivative.detach(), value, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in DERIVATIVES if kind != "compiled"])
+def test_a_derivative_of_psca_is_refused(kind):
+    features, t = torch.randn(2, 2, 24, 16, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(RuntimeError, match=r"lvtp\.psca is not differentiable: .* detach its argument"):
+        DERIVATIVES[kind](lambda x: lvtp.psca(x, 4)[1].sum(), features, t)
+
+
+def test_groups_of_features_with_a_gradient_are_those_without_one():
+    features = example("psca")[0]
+    wanted = lvtp.psca(features, 4)
+    with_gradient = features.clone().requires_grad_()
+    same([t.detach() for t in lvtp.psca(with_gradient, 4)], list(wanted))
+
+    def of_first_group(x):
+        return torch.where(lvtp.psca(x, 4)[0] == 0, x.sum(-1), 0.0).sum()
+
+    by_labels = torch.func.grad(of_first_group)(features)
+    assert torch.equal(by_labels, (wanted[0] == 0)[..., None].expand_as(features).float())
+    detached = torch.func.jvp(lambda x: lvtp.psca(x.detach(), 4)[1], (features,), (features,))
+    same(detached, (wanted[1], torch.zeros_like(wanted[1])))
+
+
+@pytest.mark.parametrize("select", [lambda x, s: lvtp.id_selection(x, s, 5), lambda x, s: lvtp.prune_sid(x, s, 8)])
+def test_picks_are_the_same_inside_torch_func_and_their_features_have_tangents(select):
+    features, importance = inputs(2, 24)
+    kept = select(features, importance)
+    tokens, tangents = torch.func.jvp(lambda x: lvtp.take(x, select(x, importance))[0], (features,), (2 * features,))
+    same(tokens, lvtp.take(features, kept)[0])
+    same(tangents, 2 * tokens)
 
 
 def test_operators_deep_copy_in_a_module():
