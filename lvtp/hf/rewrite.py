@@ -62,7 +62,7 @@ def prepare(
     was prepared before the next call. The result is for one call: `generate` rewrites its containers under beam
     search. The prompt that `generate` returns is the pruned one, and `max_length` counts it. With positions="original"
     do not turn the cache off in `generate`: it drops the attention mask that the positions then need (`prune` sees to
-    that).
+    that); and what the mask hides between tokens is numbered as `model(...)` does, which counts it, not as `generate`.
 
     Args:
         inputs: keyword arguments of a call with images: `input_ids` [B, S] (or `inputs_embeds` [B, S, D], in which
