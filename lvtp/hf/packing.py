@@ -34,7 +34,8 @@ def sample_lengths(call: dict[str, Any]) -> list[int] | None:
         told_by, edges = "cu_seq_lens_q", torch.as_tensor(bounds).tolist()
         if edges[:1] != [0] or edges[-1] != ids.numel() or sorted(set(edges)) != edges:
             raise ValueError(f"cu_seq_lens_q must rise from 0 to the {ids.numel()} tokens of input_ids, got {edges}")
-        if torch.as_tensor(call.get("cu_seq_lens_k", bounds)).tolist() != edges:
+        keys = call.get("cu_seq_lens_k")
+        if keys is not None and torch.as_tensor(keys).tolist() != edges:
             raise ValueError("cu_seq_lens_k must equal cu_seq_lens_q")
         if len(ids) == 1:
             starts[edges[:-1]] = True
