@@ -1,5 +1,7 @@
 """The families that are served. A new one is a file beside `llava.py` and an entry here."""
 
+from typing import Any
+
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
@@ -31,9 +33,30 @@ def supported() -> tuple[str, ...]:
     return tuple(family.model_class for family in _FAMILIES)
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside a `PeftModel`; any other as it is."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+def unwrapped(model: Any) -> Any:
+    """The model inside what `torch.compile` returned, a `PeftModel`, a pipeline; any other as it is."""
+    while (inside := _inside(model)) is not model:
+        model = inside
+    return model
+
+
+def tuner_around(model: Any) -> nn.Module | None:
+    """What a `PeftModel`, alone or in another wrapper, has around the model: its layer of adapters, if it has one."""
+    while not hasattr(type(model), "get_base_model"):
+        if (inside := _inside(model)) is model:
+            return None
+        model = inside
+    return None if model.base_model is model.get_base_model() else model.base_model
+
+
+def _inside(model: Any) -> Any:
+    if hasattr(type(model), "get_base_model"):
+        return model.get_base_model()
+    if isinstance(model, nn.Module):
+        return model._modules.get("_orig_mod", model)
+    # By name: importing transformers.pipelines takes seconds.
+    pipeline = any(base.__name__ == "Pipeline" for base in type(model).__mro__)
+    return model.model if pipeline else model
 
 
 def family_of(model: PreTrainedModel, options: Options) -> Family:

@@ -18,8 +18,10 @@ from lvtp.hf.packing import sample_lengths, unpacked
 from lvtp.hf.rewrite import (
     check_call,
     check_count,
+    check_empty,
     check_unseen,
     encoder_arguments,
+    given_modalities,
     has_pixels,
     pad_token_id,
     placeholder_id,
@@ -112,19 +114,20 @@ def info(
     images = list(_images(model, family, call, options)) if has_pixels(family, call) else []
     for prompt in range(len(before)):
         places = [place for place, image in enumerate(images) if image.prompt == prompt]
-        here = _with_keeps([images[place] for place in places], keep)
+        here = _with_keeps([images[place] for place in places], options.keep)
         for place, image in zip(places, here, strict=True):
             images[place] = image
-        after[prompt] -= sum(image.placeholders for image in here) - _left(here, keep, family.newline(options), scope)
+        after[prompt] -= sum(image.placeholders for image in here) - _left(
+            here, options.keep, family.newline(options), scope
+        )
     costs = [_costs(model, lengths) for lengths in (before, after)]
     kv_bytes, flops = zip(*costs, strict=True)
     return Info(type(model).__name__, tuple(images), tuple(zip(before, after, strict=True)), kv_bytes, flops)
 
 
 def _images(model: PreTrainedModel, family: Family, call: dict[str, Any], options: Options) -> Iterator[VisualTokens]:
-    for modality, pixels in family.modalities.items():
-        if call.get(pixels) is None:
-            continue
+    check_empty(model, family, call)
+    for modality in given_modalities(family, call):
         places = (call["input_ids"] == placeholder_id(model, modality)).nonzero()  # [sum M_i, 2]
         arguments = encoder_arguments(model, modality, call)
         sizes = family.sizes(model, modality, arguments, options.scope)

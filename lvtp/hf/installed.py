@@ -15,6 +15,7 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from lvtp.hf.arguments import given
+from lvtp.hf.families import unwrapped
 from lvtp.importance import HOOKING
 
 _OF_IMAGES = ("pixel", "mm_encoder_outputs", "inputs_embeds")  # how arguments begin that may hold some
@@ -111,7 +112,7 @@ def _before_forward(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any] 
 
 
 def before_tuner(tuner: nn.Module, args: tuple, kwargs: dict[str, Any] | None = None):
-    return _before_forward(tuner.model, args, kwargs)
+    return _before_forward(unwrapped(tuner.model), args, kwargs)
 
 
 def _generate_of(model_class: type[PreTrainedModel], own: Callable | None) -> Callable:

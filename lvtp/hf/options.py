@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 from torch import Tensor
 
@@ -31,7 +32,7 @@ class Options:
     def __post_init__(self):
         if not callable(self.method):
             _check_choice("method", self.method, METHODS, " or a callable")
-        _check_keep(self.keep)
+        object.__setattr__(self, "keep", _checked_keep(self.keep))
         if not callable(self.score):
             _check_choice("score", self.score, SCORES, " or a callable")
         _check_choice("positions", self.positions, POSITIONS)
@@ -48,14 +49,18 @@ def _no_score(features: Tensor) -> Tensor:
     return features.new_zeros(features.shape[:2])
 
 
-def _check_keep(keep) -> None:
-    is_count = isinstance(keep, int) and not isinstance(keep, bool) and keep >= 1
-    is_ratio = isinstance(keep, float) and 0 < keep <= 1
-    if not (is_count or is_ratio or isinstance(keep, Budget)):
-        raise ValueError(
-            "keep must be an int of at least 1 (tokens an image), a float in (0, 1] (ratio) or an lvtp.Budget "
-            f"(tokens a request), got {keep!r}"
-        )
+def _checked_keep(keep: Keep) -> Keep:
+    """`keep` as an int, a float or a `Budget`; NumPy's numbers are taken, too."""
+    if isinstance(keep, Integral) and not isinstance(keep, bool) and keep >= 1:
+        return int(keep)
+    if isinstance(keep, Real) and not isinstance(keep, Integral) and 0 < keep <= 1:
+        return float(keep)
+    if isinstance(keep, Budget):
+        return keep
+    raise ValueError(
+        "keep must be an int of at least 1 (tokens an image), a float in (0, 1] (ratio) or an lvtp.Budget "
+        f"(tokens a request), got {keep!r}"
+    )
 
 
 def _check_choice(argument: str, value, choices: tuple, more: str = "") -> None:

@@ -12,7 +12,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from lvtp.hf import generation, training
 from lvtp.hf.arguments import filled_cache
-from lvtp.hf.families import family_of, unwrapped
+from lvtp.hf.families import family_of, tuner_around, unwrapped
 from lvtp.hf.installed import before_tuner, install, uninstall
 from lvtp.hf.options import Keep, Method, Options, Score
 from lvtp.hf.rewrite import Pruned, check_unseen, has_pixels, rewrite
@@ -50,10 +50,10 @@ class Pruning:
         self._family = family_of(base, options)
         self._model = ref(base)
         self._tuner_hook = None
-        if base is not model and model.base_model is not base:
-            # What a PeftModel has around the model; before PEFT 0.21 that calls `forward`, past the model's hooks.
+        if (tuner := tuner_around(model)) is not None:
+            # Before PEFT 0.21, that calls `forward`, past the model's hooks.
             with HOOKING:
-                self._tuner_hook = model.base_model.register_forward_pre_hook(before_tuner, with_kwargs=True)
+                self._tuner_hook = tuner.register_forward_pre_hook(before_tuner, with_kwargs=True)
         install(base, self)
 
     def remove(self) -> None:
@@ -221,7 +221,7 @@ def prune(
     one axis only tell where samples start.
 
     Args:
-        model: one of `lvtp.hf.supported()`, or a `PeftModel` around one.
+        model: one of `lvtp.hf.supported()`, or a `PeftModel`, what `torch.compile` returned or a pipeline around one.
         method: "id_selection", "prune_sid", or a selector of your own, called with features [n, N, D], importance
             fp32 [n, N] and k < N, which returns the indices of k different tokens of each, an integer tensor [n, k] in
             any order. It chooses; it cannot merge: one that returns features raises TypeError.

@@ -114,7 +114,24 @@ def check_unseen(model: PreTrainedModel, family: Family, call: Mapping[str, Any]
 
 
 def has_pixels(family: Family, call: Mapping[str, Any]) -> bool:
-    return any(call.get(pixels) is not None for pixels in family.modalities.values())
+    return bool(given_modalities(family, call))
+
+
+def given_modalities(family: Family, call: Mapping[str, Any]) -> list[str]:
+    """Those of which the call brings pixels. No image at all, or a video without frames, are none."""
+    given = []
+    for modality, name in family.modalities.items():
+        pixels = call.get(name)
+        if pixels is not None and not (isinstance(pixels, Tensor) and pixels.numel() == 0):
+            given.append(modality)
+    return given
+
+
+def check_empty(model: PreTrainedModel, family: Family, call: dict[str, Any]) -> None:
+    """Raises for placeholders of pixels that hold nothing: a call with other images goes on without these."""
+    for modality in family.modalities.keys() - given_modalities(family, call):
+        if call.get(family.modalities[modality]) is not None:
+            check_count(modality, 0, 0, int((call["input_ids"] == placeholder_id(model, modality)).sum()))
 
 
 @torch.compiler.disable  # its shapes depend on the images
@@ -139,9 +156,8 @@ def rewrite(
     positions = family.positions(options)
     kept, indices, encoder_outputs = real.clone(), [], {}
     placeholders, arguments, encoded = {}, {}, {}
-    for modality, pixels in family.modalities.items():
-        if call.get(pixels) is None:
-            continue
+    check_empty(model, family, call)
+    for modality in given_modalities(family, call):
         arguments |= (taken := encoder_arguments(model, modality, call))
         encoded[modality] = family.encode(model, modality, taken, options.tower_score, options.scope)
         placeholders[modality] = call["input_ids"] == placeholder_id(model, modality)  # [B, S]

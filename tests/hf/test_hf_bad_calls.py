@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from transformers import PixtralVisionConfig
+from transformers import LlavaConfig, LlavaForConditionalGeneration, PixtralVisionConfig
 
 import lvtp.hf
 from lvtp.hf import requirement
@@ -13,7 +13,7 @@ from lvtp.hf.families import family_of
 from lvtp.hf.options import Options
 
 from .members import MEMBERS, ONEVISION, QWENS, TOWERS
-from .tiny import visual
+from .tiny import TOWER, text_config, visual
 from .tiny_llava import BATCHES, batch
 
 KEEP = 5
@@ -149,6 +149,31 @@ def test_unsupported_towers_raise_by_name():
         model.config.vision_config = PixtralVisionConfig()
         with pytest.raises(ValueError, match=r"score='auto' needs a vision tower of type .* got pixtral"):
             lvtp.hf.patch(model)
+
+
+def four(model, inputs, **options):
+    """All functions that take a model and options."""
+    yield lambda: lvtp.hf.prune(model, **options)
+    yield lambda: lvtp.hf.patch(model, **options)
+    yield lambda: lvtp.hf.prepare(model, inputs, **options)
+    yield lambda: lvtp.hf.info(model, inputs, **options)
+
+
+@pytest.mark.parametrize("score", ["auto", lambda features: features.norm(dim=-1)], ids=["auto", "callable"])
+def test_towers_with_images_of_several_sizes_raise_everywhere(score):
+    sizes = {**TOWER, "image_size": 64, "patch_size": 8}
+    config = LlavaConfig(vision_config=PixtralVisionConfig(**sizes), text_config=text_config(), image_token_index=120)
+    inputs = {"input_ids": torch.full((1, 32), 120), "pixel_values": torch.zeros(1, 3, 32, 64)}
+    inputs["image_sizes"] = torch.tensor([[32, 64]])
+    for call in four(LlavaForConditionalGeneration(config), inputs, score=score):
+        with pytest.raises(ValueError, match=r"takes images of one size, got PixtralVisionModel \(pixtral\)"):
+            call()
+
+
+def test_what_is_no_model_raises_everywhere():
+    for call in four(torch.compile(torch.nn.Linear(2, 2)), {}):
+        with pytest.raises(TypeError, match=r"model must be one of LlavaForConditionalGeneration, .* got Linear"):
+            call()
 
 
 def test_transformers_is_required_by_name(monkeypatch):

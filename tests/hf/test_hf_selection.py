@@ -1,12 +1,14 @@
 """`keep` as a budget for a request, and `method` as a selector of the caller's own."""
 
+import numpy as np
 import pytest
 import torch
 
 import lvtp.hf
 
-from .members import INTERNVL, LLAVA, NEXT, ONEVISION
+from .members import INTERNVL, LLAVA, NEXT, ONEVISION, QWENS
 from .oracle import relative_error
+from .tiny import footprint
 
 NEW = 4
 # Families and scopes whose units have all one size, and a batch of such.
@@ -138,3 +140,61 @@ def test_it_is_not_asked_where_everything_is_kept():
 def test_selectors_that_do_not_keep_the_contract_are_refused(result, error, message):
     with pytest.raises(error, match=f"method must return .*{message}"):
         lvtp.hf.prepare(LLAVA.model, LLAVA.batch("two_and_one"), method=result, keep=5)
+
+
+# ------------------------------------------------------------------------------------------------- numbers and nothing
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"), [(np.int64(3), 3), (np.uint8(3), 3), (np.float32(0.5), 0.5), (np.float64(0.5), 0.5)], ids=repr
+)
+def test_numbers_of_numpy_are_numbers(given, meant):
+    model, inputs = LLAVA.model, LLAVA.batch("single")
+    wanted = lvtp.hf.prepare(model, inputs, keep=meant)["input_ids"]
+    assert torch.equal(lvtp.hf.prepare(model, inputs, keep=given)["input_ids"], wanted)
+    assert lvtp.hf.info(model, inputs, keep=given) == lvtp.hf.info(model, inputs, keep=meant)
+    with lvtp.hf.prune(model, keep=given) as pruning, torch.no_grad():
+        model(**inputs)
+    assert pruning.last.kept.sum() == wanted.shape[1]
+    for nothing in (np.int64(0), np.bool_(True), np.float32(1.5), np.array([3])):
+        with pytest.raises(ValueError, match="keep must be an int of at least 1"):
+            lvtp.hf.prune(model, keep=nothing)
+
+
+def test_one_context_may_be_entered_again(model):
+    inputs = LLAVA.batch("single")
+    context = lvtp.hf.prune(model, keep=3)
+    before = footprint(model)
+    for _ in range(2):
+        with context as outer, context as inner, torch.no_grad():
+            model(**inputs)
+            assert inner.last.counts == (3,)
+            assert outer.last is None
+        assert footprint(model) == before
+
+
+def no_frames(member):
+    """A video without any, as a call brings it."""
+    if member is ONEVISION:
+        return {"pixel_values_videos": torch.zeros(1, 0, 3, 32, 32)}
+    pixels = member.batch("single")["pixel_values"][:0]
+    return {"pixel_values_videos": pixels, "video_grid_thw": torch.zeros(0, 3, dtype=torch.long)}
+
+
+@pytest.mark.parametrize("member", [ONEVISION, *QWENS], ids=lambda member: member.name)
+def test_a_video_without_frames_is_none(member):
+    model, inputs, empty = member.model, member.batch("two_and_one"), no_frames(member)
+    wanted = lvtp.hf.info(model, inputs, keep=3)
+    assert lvtp.hf.info(model, inputs | empty, keep=3) == wanted
+    with lvtp.hf.prune(model, keep=3) as pruning, torch.no_grad():
+        logits = model(**inputs).logits
+        kept = pruning.last.kept
+        assert torch.equal(model(**inputs, **empty).logits, logits)
+        assert torch.equal(pruning.last.kept, kept)
+    text = member.tiny.batch(model, [9])
+    assert lvtp.hf.prepare(model, text | empty, keep=3).keys() == (text | empty).keys()
+    assert lvtp.hf.info(model, text | empty, keep=3).images == ()
+    inputs["input_ids"][0, -1] = model.config.video_token_id
+    for call in (lvtp.hf.prepare, lvtp.hf.info):
+        with pytest.raises(ValueError, match="each of the 0 video tokens of 0 videos, got 1"):
+            call(model, inputs | empty, keep=3)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from transformers import Pipeline
 
 import lvtp.hf
 
@@ -192,3 +193,60 @@ def test_compiled_models_give_the_same(what):
         model(**inputs)
         with lvtp.hf.prune(model, keep=KEEP):
             assert torch.equal(model(**inputs).logits, wanted)
+
+
+def test_what_torch_compile_returns_is_taken():
+    model = tiny_llava.build()
+    inputs = batch(model)
+    wanted, tokens = outputs(model, inputs)
+    compiled = torch.compile(model, backend="eager")
+    logits, got = outputs(compiled, inputs)
+    assert relative_error(logits, wanted) <= 1e-5
+    assert torch.equal(got, tokens)
+
+
+@pytest.mark.parametrize("outside", [True, False])
+def test_wrappers_may_be_around_each_other(outside):
+    peft = pytest.importorskip("peft")
+    model = tiny_llava.build()
+    inputs = batch(model)
+    wanted, known = lvtp.hf.prepare(model, inputs, keep=KEEP), lvtp.hf.info(model, inputs, keep=KEEP)
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"])  # gives what the model gives until it is trained
+    if outside:
+        wrapped = peft.get_peft_model(torch.compile(model), lora)
+    else:
+        wrapped = torch.compile(peft.get_peft_model(model, lora))
+    before = footprint(model)
+    assert lvtp.hf.info(wrapped, inputs, keep=KEEP).images == known.images
+    assert torch.equal(lvtp.hf.prepare(wrapped, inputs, keep=KEEP)["input_ids"], wanted["input_ids"])
+    with lvtp.hf.prune(wrapped, keep=KEEP) as pruning, torch.no_grad():
+        model(**inputs)
+    assert pruning.last.counts == (KEEP,) * 3
+    assert footprint(model) == before
+
+
+# -------------------------------------------------------------------------------------------------------- pipelines
+
+
+def test_the_model_of_a_pipeline_is_pruned():
+    class Generate(Pipeline):
+        def _sanitize_parameters(self, **_):
+            return {}, {}, {}
+
+        def preprocess(self, inputs):
+            return inputs
+
+        def _forward(self, inputs):
+            return {"tokens": self.model.generate(**inputs, max_new_tokens=5)}
+
+        def postprocess(self, outputs):
+            return outputs["tokens"]
+
+    model = tiny_llava.build()
+    inputs = batch(model)
+    wanted = generate(model, inputs)
+    pipeline = Generate(model=model, tokenizer=None)
+    with lvtp.hf.prune(pipeline, keep=KEEP) as pruning:
+        assert torch.equal(pipeline(inputs), wanted)
+    assert pruning.last.counts == (KEEP,) * 3
+    assert lvtp.hf.info(pipeline, inputs, keep=KEEP) == lvtp.hf.info(model, inputs, keep=KEEP)
