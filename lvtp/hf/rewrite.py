@@ -122,7 +122,7 @@ def given_modalities(family: Family, call: Mapping[str, Any]) -> list[str]:
     given = []
     for modality, name in family.modalities.items():
         pixels = call.get(name)
-        if pixels is not None and not (isinstance(pixels, Tensor) and pixels.numel() == 0):
+        if pixels is not None and not (isinstance(pixels, Tensor) and 0 in pixels.shape[:2]):  # items, and frames
             given.append(modality)
     return given
 
