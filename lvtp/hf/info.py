@@ -1,5 +1,6 @@
 """What pruning would do to a call, from the sizes of its inputs alone."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
@@ -182,18 +183,30 @@ def _costs(model: PreTrainedModel, lengths: list[int]) -> tuple[int, int]:
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     tokens, pairs = sum(lengths), sum(length * (length + 1) // 2 for length in lengths)
-    item = next(layers.parameters()).element_size()
+    # What comes out of the projections, whatever their weights are stored as: of the dtype of the embeddings.
+    item = model.get_input_embeddings().weight.element_size()
     kv_bytes = 2 * len(layers) * kv_heads * width * item * tokens
     flops = 2 * _weights(layers, config) * tokens + 4 * len(layers) * heads * width * pairs
     return kv_bytes, flops
 
 
 def _weights(layers: nn.ModuleList, config) -> int:
-    """Entries of the matrices that one token is multiplied with; of experts [n, in, out], those it is sent to."""
+    """Entries of the matrices that one token is multiplied with; of experts [n, in, out], those it is sent to.
+
+    Of a linear layer by its sizes: what is stored of quantized weights may be packed.
+    """
     experts = getattr(config, "num_experts", None) or 1
     active = getattr(config, "num_experts_per_tok", None) or experts
-    sizes = [(weight.dim(), weight.numel()) for weight in layers.parameters()]
-    return sum(size if dim == 2 else size * active // experts for dim, size in sizes if dim >= 2)
+    total = 0
+    for module in layers.modules():
+        sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+        if None not in sizes:
+            total += 0 if hasattr(module, "base_layer") else math.prod(sizes)  # PEFT's, around one that counts itself
+            continue
+        for weight in module.parameters(recurse=False):
+            if weight.dim() >= 2:
+                total += weight.numel() if weight.dim() == 2 else weight.numel() * active // experts
+    return total
 
 
 def _scaled(number: float, step: int, units: tuple[str, ...]) -> str:

@@ -81,6 +81,33 @@ def test_costs_are_those_of_the_model(member):
         assert counted == products + 2 * 2 * config.num_hidden_layers * config.hidden_size * pairs
 
 
+class Packed(torch.nn.Module):
+    """A linear layer whose weights are stored in some other way."""
+
+    def __init__(self, linear, stored):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        if stored == "nf4":  # two entries in a byte, in a column, as bitsandbytes has them
+            self.weight = torch.nn.Parameter(torch.zeros(linear.weight.numel() // 2, 1, dtype=torch.uint8), False)
+        elif stored == "fp8":
+            self.weight = torch.nn.Parameter(linear.weight.detach().to(torch.float8_e4m3fn), False)
+        else:  # not among the parameters, as torch's own int8 layers
+            self.packed = linear.weight.detach().to(torch.int8)
+
+
+@pytest.mark.parametrize("stored", ["nf4", "fp8", "int8"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_quantized_weights_cost_what_they_compute(member, stored, dtype):
+    """The cache holds what comes out of them, and products are as large as before."""
+    model, inputs = member.build().to(dtype), member.batch("single")
+    wanted = lvtp.hf.info(model, inputs, keep=3)
+    for module in list(model.model.language_model.layers.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is torch.nn.Linear:
+                setattr(module, name, Packed(child, stored))
+    assert lvtp.hf.info(model, inputs, keep=3) == wanted
+
+
 def test_it_reads_well():
     """At full size, on the meta device: there are no weights to load."""
     with torch.device("meta"):
