@@ -12,7 +12,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from lvtp.hf.layout import Layout
 from lvtp.hf.options import Options, Score
-from lvtp.hf.sequence import numbered, spanned
+from lvtp.hf.sequence import Before, numbered, spanned
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,13 @@ class Family(ABC):
         """
         return numbered(kept if generating else kept | (spanned(real) & ~real))
 
-    def place(self, model: PreTrainedModel, call: dict[str, Any], next_position: Tensor) -> dict[str, Any]:
+    def place(
+        self, model: PreTrainedModel, call: dict[str, Any], next_position: Tensor, before: Before | None
+    ) -> dict[str, Any]:
         """The shortened `call` with its positions as the model takes them, and the model told how they go on.
 
-        `next_position` [B] is the position of the token after each prompt.
+        Args:
+            next_position: int64 [B], the position of the token after each prompt.
+            before: what is cached already; None: nothing.
         """
         return call

@@ -1,4 +1,4 @@
-"""What `generate` needs around a shortened prompt: length limits, the prompt in its output, and the turn after."""
+"""What `generate` needs around a shortened prompt: length limits, and the original prompt for all that sees its ids."""
 
 import copy
 import threading
@@ -6,17 +6,15 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import transformers.generation.utils
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
+from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from lvtp.hf.arguments import filled_cache, given, name_in, returned
-from lvtp.hf.rewrite import Pruned
 from lvtp.importance import HOOKING
 
 # Told by the function that cuts encoded images into chunks.
@@ -72,15 +70,102 @@ def lower_limits(model: PreTrainedModel, call: dict[str, Any], by: int) -> dict[
     return call
 
 
-def restore_prompt(outputs: Tensor | ModelOutput, prompt: Tensor, pruned_length: int) -> Tensor | ModelOutput:
-    """What `generate` returned, with the pruned prompt in its sequences [R, S' + new] replaced by `prompt` [B, S]."""
-    sequences = outputs if isinstance(outputs, Tensor) else outputs.sequences
-    prompts = prompt.repeat_interleave(sequences.shape[0] // prompt.shape[0], dim=0).to(sequences.device)
-    sequences = torch.cat([prompts, sequences[:, pruned_length:]], dim=1)
-    if isinstance(outputs, Tensor):
-        return sequences
-    outputs.sequences = sequences
-    return outputs
+@dataclass(frozen=True)
+class Restored:
+    """The original prompt in the place of the shortened one, in ids that `generate` hands out."""
+
+    prompt: Tensor  # [B, S]
+    pruned_length: int  # S'
+
+    def ids(self, ids: Tensor) -> Tensor:
+        """[R, S' + new] -> [R, S + new], R a multiple of B."""
+        prompts = self.prompt.repeat_interleave(len(ids) // len(self.prompt), dim=0).to(ids.device)
+        return torch.cat([prompts, ids[:, self.pruned_length :]], dim=1)
+
+    def outputs(self, outputs: Tensor | ModelOutput) -> Tensor | ModelOutput:
+        """What `generate` returned."""
+        if isinstance(outputs, Tensor):
+            return self.ids(outputs)
+        outputs.sequences = self.ids(outputs.sequences)
+        return outputs
+
+    def call(self, model: PreTrainedModel, call: dict[str, Any]) -> dict[str, Any]:
+        """The call, in which all that the caller gave to look at the ids finds the original prompt in them.
+
+        What transformers makes from its settings counts from the shortened prompt itself.
+        """
+        call, removed = dict(call), self.prompt.shape[1] - self.pruned_length
+        for name, kind in (("stopping_criteria", StoppingCriteriaList), ("logits_processor", LogitsProcessorList)):
+            if call.get(name):
+                call[name] = kind(self._adapted(one, removed) for one in call[name])
+        if call.get("streamer") is not None:
+            call["streamer"] = _Streamer(call["streamer"], self)
+        allowed = call.get("prefix_allowed_tokens_fn")
+        if allowed is not None:
+            beams = setting(model, call, "num_beams") or 1
+            times = max(setting(model, call, "num_return_sequences") or 1, beams) // beams  # groups of beams a prompt
+
+            def allowed_after(group: int, ids: Tensor):
+                prompt = self.prompt[group // times].to(ids.device)
+                return allowed(group, torch.cat([prompt, ids[self.pruned_length :]]))
+
+            call["prefix_allowed_tokens_fn"] = allowed_after
+        return call
+
+    def _adapted(self, one: Callable, removed: int) -> Callable:
+        """A stopping criterion or logits processor of the caller's."""
+        if type(one).__module__ not in (StoppingCriteria.__module__, LogitsProcessor.__module__):
+            return _Looking(one, self)
+        # It replaces the one of its type that transformers would make, so its type has to stay.
+        counter = _COUNTERS.get(type(one).__name__)
+        if not counter or not getattr(one, counter, None):
+            return one
+        one = copy.copy(one)
+        setattr(one, counter, max(getattr(one, counter) - removed, 0))
+        return one
+
+
+# What counts the columns of the prompt in transformers' own criteria and processors. The others look at new tokens, at
+# the last ones, or for tokens that are in the shortened prompt, too.
+_COUNTERS = {
+    "MaxLengthCriteria": "max_length",
+    "MinLengthLogitsProcessor": "min_length",
+    "MinNewTokensLengthLogitsProcessor": "prompt_length_to_skip",
+    "ForcedEOSTokenLogitsProcessor": "max_length",
+    "SuppressTokensAtBeginLogitsProcessor": "begin_index",
+    "ExponentialDecayLengthPenalty": "regulation_start",
+    "RepetitionPenaltyLogitsProcessor": "prompt_ignore_length",
+}
+
+
+class _Looking:
+    """A criterion or processor of the caller's, called with the original prompt; it has the attributes of that."""
+
+    def __init__(self, called: Callable, restored: Restored):
+        self._called, self._restored = called, restored
+
+    def __call__(self, ids: Tensor, scores: Tensor):
+        return self._called(self._restored.ids(ids), scores)
+
+    def __getattr__(self, name: str):
+        if name.startswith("_"):  # not there yet while it is copied
+            raise AttributeError(name)
+        return getattr(self._called, name)
+
+
+class _Streamer:
+    """A caller's streamer, which gets the original prompt and then the new tokens."""
+
+    def __init__(self, streamer: Any, restored: Restored):
+        self._streamer, self._restored = streamer, restored
+
+    def put(self, ids: Tensor) -> None:
+        if self._restored is not None:
+            ids, self._restored = self._restored.ids(ids), None
+        self._streamer.put(ids)
+
+    def end(self) -> None:
+        self._streamer.end()
 
 
 @contextmanager
@@ -105,110 +190,4 @@ def always_masked(model: PreTrainedModel):
     try:
         yield
     finally:
-        with HOOKING:
-            hook.remove()
-
-
-@dataclass(frozen=True)
-class _CachedPrompt:
-    """What is known about the prompt in a key-value cache."""
-
-    # int64 [B]: how far positions run ahead of the tokens cached; 0 for compact ones. None: the prompt was not pruned.
-    skipped: Tensor | None
-    restored: bool  # whether the sequences returned beside the cache hold the unpruned prompt
-
-
-_CACHED_PROMPTS: WeakKeyDictionary[Cache, _CachedPrompt] = WeakKeyDictionary()
-
-
-def _cache_of(call: dict[str, Any], outputs: Tensor | ModelOutput) -> Cache | None:
-    cache = given(call, "cache")
-    return returned(outputs, "cache") if cache is None and isinstance(outputs, ModelOutput) else cache
-
-
-def unpruned(original: Callable, call: dict[str, Any]) -> Tensor | ModelOutput:
-    """Runs a `generate` that lost no tokens, and notes so of its cache, unless that holds a pruned prompt already."""
-    outputs = original(**call)
-    cache = _cache_of(call, outputs)
-    if cache is not None:
-        _CACHED_PROMPTS.setdefault(cache, _CachedPrompt(None, restored=False))
-    return outputs
-
-
-def remember_cache(call: dict[str, Any], outputs: Tensor | ModelOutput, pruned: Pruned, restored: bool) -> None:
-    """Notes what the cache of a `generate` call holds, if the caller can get at it."""
-    cache = _cache_of(call, outputs)
-    if cache is None:
-        return
-    sequences = outputs if isinstance(outputs, Tensor) else outputs.sequences
-    skipped = pruned.next_position - pruned.kept.sum(dim=1)  # [B]
-    skipped = skipped.repeat_interleave(sequences.shape[0] // len(skipped))
-    _CACHED_PROMPTS[cache] = _CachedPrompt(skipped, restored)
-
-
-def forget_emptied(call: dict[str, Any]) -> None:
-    """A cache that is reset holds no pruned prompt any more."""
-    cache = given(call, "cache")
-    if cache is not None and filled_cache(call) is None:
-        _CACHED_PROMPTS.pop(cache, None)
-
-
-def check_continued_prompt(call: dict[str, Any]) -> None:
-    """Raises if the call continues a cache of pruned tokens with sequences that hold the unpruned prompt."""
-    cache = filled_cache(call)
-    if cache is not None and cache in _CACHED_PROMPTS and _CACHED_PROMPTS[cache].restored:
-        raise ValueError(
-            f"{name_in(call, 'cache')} holds a pruned prompt, but the sequences returned with it hold the original one,"
-            " so they do not line up: generate the first turn with restore_prompt=False to continue from its cache"
-        )
-
-
-def continue_positions(
-    call: dict[str, Any], whole: bool, removed: int, must_be_known: bool, from_latest: bool
-) -> dict[str, Any]:
-    """The call with the position ids of a later turn, where those that transformers counts may be wrong.
-
-    Args:
-        whole: `input_ids` may hold what is cached, too, as those of `generate` do.
-        removed: columns that the latest prompt lost.
-        must_be_known: raise ValueError for a cache that did not come from a pruned `generate`.
-        from_latest: the model counts on from its latest prompt, which need not be the one in the cache.
-    """
-    cache = filled_cache(call)
-    if cache is None or call.get("position_ids") is not None:
-        return call
-    known = _CACHED_PROMPTS.get(cache)
-    prompt, mask = call.get("input_ids"), call.get("attention_mask")
-    whole = whole and prompt is not None
-    if prompt is None:
-        prompt = call.get("inputs_embeds")
-        if prompt is None:
-            return call  # an error of the model's
-        prompt = prompt[..., 0]  # [B, new]
-    cached, new = cache.get_seq_length(), prompt.shape[1]
-    length = new if whole and new > cached else cached + new
-    widths = (new, cached + new) if whole else (length,)
-    misfit = mask is not None and mask.dim() == 2 and mask.shape[1] not in widths
-    pruned = known is not None and known.skipped is not None
-    # transformers cuts a mask that is too long, and reads the wrong end of it.
-    if misfit and (pruned or (known is None and mask.shape[1] - length == removed)):
-        raise ValueError(
-            f"attention_mask must have {length} columns, those of the pruned prompt in {name_in(call, 'cache')} and "
-            f"of the tokens after it, got {mask.shape[1]}"
-        )
-    if known is None and must_be_known:
-        raise ValueError(
-            f"position_ids must be given with positions='original' and a {name_in(call, 'cache')} that did not come "
-            "from a pruned generate: they go on from pruning.last.next_position"
-        )
-    if not pruned or not (from_latest or bool(known.skipped.any())):
-        return call
-    if prompt.shape[0] != known.skipped.shape[0]:
-        raise ValueError(
-            f"input_ids must hold the {known.skipped.shape[0]} rows of {name_in(call, 'cache')}, got {prompt.shape[0]}"
-        )
-    if mask is None:
-        mask = prompt.new_ones((prompt.shape[0], length), dtype=torch.long)
-    ahead = known.skipped.to(mask.device)[:, None]
-    position_ids = (mask.long().cumsum(dim=1) - 1).clamp(min=0) + ahead  # [B, cached + new]
-    return {**call, "position_ids": position_ids[:, -prompt.shape[1] :]}
+        hook.remove()

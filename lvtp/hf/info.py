@@ -20,6 +20,7 @@ from lvtp.hf.rewrite import (
     check_call,
     check_count,
     check_empty,
+    check_first,
     check_unseen,
     encoder_arguments,
     given_modalities,
@@ -107,6 +108,7 @@ def info(
         check_unseen(model, family, inputs)
     call = with_ids(model, family, dict(inputs))
     check_call(call)
+    check_first(call)
     if (samples := sample_lengths(call)) is not None:
         call = unpacked(call, samples, pad_token_id(model, family))
     real = real_tokens(call)  # [B, S]

@@ -1,4 +1,4 @@
-"""What pruning puts on a model: a forward hook, and a `generate` of its own. Nothing is left behind after.
+"""What pruning puts on a model: forward hooks, and a `generate` of its own. Nothing is left behind after.
 
 A forward hook alone would not do: `generate` encodes the images itself, before the first forward.
 """
@@ -11,6 +11,7 @@ from types import MethodType
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
@@ -29,12 +30,15 @@ class Pruning(Protocol):
     def forward(self, model: PreTrainedModel, call: dict[str, Any]) -> dict[str, Any]:
         """The arguments for `model.forward` instead of `call`."""
 
+    def called(self, call: dict[str, Any], outputs: Any) -> None:
+        """Looks at what the model made of the arguments that `forward` returned."""
+
     def generate(self, original: Callable, model: PreTrainedModel, call: dict[str, Any]) -> Any:
         """What `model.generate` does instead of `original(**call)`."""
 
 
 class _Installed:
-    """The forward hook and the `generate` of one model, shared by all its prunings.
+    """The forward hooks and the `generate` of one model, shared by all its prunings.
 
     Both find the prunings through the model they are called on, so a deep copy of a patched model is an unpatched one.
     """
@@ -44,13 +48,17 @@ class _Installed:
         # from_pretrained puts a `generate` of the checkpoint's own on the instance, if it has one.
         self._own_generate = model.__dict__.get("generate")
         with HOOKING:
-            self._hook = model.register_forward_pre_hook(_before_forward, with_kwargs=True, prepend=True)
+            self._hooks = (
+                model.register_forward_pre_hook(_before_forward, with_kwargs=True, prepend=True),
+                model.register_forward_hook(_after_forward, with_kwargs=True),
+            )
         self._generate = _generate_of(type(model), self._own_generate)
         model.generate = MethodType(self._generate, model)
 
     def uninstall(self, model: PreTrainedModel) -> None:
         with HOOKING:
-            self._hook.remove()
+            for hook in self._hooks:
+                hook.remove()
         # Somebody else may have wrapped ours meanwhile: then it stays, and passes every call on.
         if getattr(model.__dict__.get("generate"), "__func__", None) is self._generate:
             del model.generate
@@ -109,6 +117,14 @@ def _before_forward(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any] 
     if pruning is None:
         return None
     return (), pruning.forward(model, _named(type(model).forward, model, args, kwargs))
+
+
+def _after_forward(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], outputs: Any = None) -> None:
+    if torch.compiler.is_compiling() or outputs is None:  # as above
+        return
+    pruning = _pruning_of(model)
+    if pruning is not None:
+        pruning.called(kwargs, outputs)
 
 
 def before_tuner(tuner: nn.Module, args: tuple, kwargs: dict[str, Any] | None = None):

@@ -13,7 +13,7 @@ from transformers.modeling_utils import PreTrainedModel
 from lvtp.hf.attention import received_by_segment
 from lvtp.hf.family import Encoded, Family, Size
 from lvtp.hf.options import Options, Score
-from lvtp.hf.sequence import numbered, real_tokens
+from lvtp.hf.sequence import Before, numbered, real_tokens
 from lvtp.hf.tower import called
 
 # What `get_rope_index` counts, beside the mask.
@@ -110,17 +110,21 @@ class MRope(Family):
             return numbers  # the unpruned model would also number on all axes alike
         return torch.where(whole[:, None], self.original_positions(model, call, real, generating), numbers)
 
-    def place(self, model: PreTrainedModel, call: dict[str, Any], next_position: Tensor) -> dict[str, Any]:
+    def place(
+        self, model: PreTrainedModel, call: dict[str, Any], next_position: Tensor, before: Before | None
+    ) -> dict[str, Any]:
         """Positions [4, B, S']: first one that numbers the tokens through, from which masks are made, then the axes.
 
         Without it, gaps in the positions would be read as the starts of packed sequences. Steps that come without
         positions go on from `rope_deltas`, how far positions run ahead of the tokens.
         """
         real = real_tokens(call)
-        numbers, axes = numbered(real), call["position_ids"]
+        through, tokens, axes = numbered(real), real.sum(dim=1), call["position_ids"]
         if axes.dim() == 3 and len(axes) != 3:
             raise ValueError(f"position_ids must have 3 axes (time, height, width) or none of them, got {len(axes)}")
-        axes = axes.expand(3, *numbers.shape)
-        model.base_model.rope_deltas = (next_position - real.sum(dim=1))[:, None]
+        axes = axes.expand(3, *through.shape)
+        if before is not None:
+            through, tokens = through + before.tokens[:, None], tokens + before.tokens
+        model.base_model.rope_deltas = (next_position - tokens)[:, None]
         call = {name: value for name, value in call.items() if name != "second_per_grid_ts"}
-        return call | {"position_ids": torch.cat([numbers[None], axes])}
+        return call | {"position_ids": torch.cat([through[None], axes])}

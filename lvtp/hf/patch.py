@@ -3,33 +3,37 @@
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ContextDecorator, ExitStack
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 from weakref import ref
 
 import torch
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
-from lvtp.hf import generation, training
+from lvtp.hf import generation, training, turns
 from lvtp.hf.arguments import filled_cache
 from lvtp.hf.families import family_of, tuner_around, unwrapped
 from lvtp.hf.installed import before_tuner, install, uninstall
 from lvtp.hf.options import Keep, Method, Options, Score
-from lvtp.hf.rewrite import Pruned, check_unseen, has_pixels, rewrite
+from lvtp.hf.rewrite import (
+    Pruned,
+    PrunedOutputs,
+    check_unseen,
+    has_pixels,
+    pad_token_id,
+    placeholder_id,
+    rewrite,
+)
+from lvtp.hf.sequence import last_position
 from lvtp.importance import HOOKING
-
-
-class _Latest(NamedTuple):
-    """What a call left behind for those after it."""
-
-    pruned: Pruned | None
-    removed: int  # columns that the latest prompt with images lost
 
 
 class _Here(threading.local):
     """What concerns the calls of one thread alone."""
 
-    latest: _Latest | None = None  # None: it has made no call
+    called: bool = False  # whether it has made a call
+    last: Pruned | None = None  # what its latest prompt kept
     generating: bool = False  # inside `generate`, which calls the model itself
 
 
@@ -43,7 +47,7 @@ class Pruning:
 
     def __init__(self, model: PreTrainedModel, options: Options):
         self.options = options
-        self._latest = _Latest(None, removed=0)  # of any thread
+        self._last: Pruned | None = None  # of any thread
         self._here = _Here()
         self.thread = threading.current_thread()
         base = unwrapped(model)
@@ -71,22 +75,26 @@ class Pruning:
 
         It is the latest prompt of the thread that asks. A thread that has made no call is told the latest of any.
         """
-        return (self._here.latest or self._latest).pruned
+        return self._here.last if self._here.called else self._last
 
-    def _note(self, pruned: Pruned | None, removed: int | None = None) -> None:
-        removed = (self._here.latest or self._latest).removed if removed is None else removed
-        self._here.latest = self._latest = _Latest(pruned, removed)
+    def _note(self, pruned: Pruned | None) -> None:
+        self._here.called, self._here.last, self._last = True, pruned, pruned
 
     def forward(self, model: PreTrainedModel, call: dict[str, Any]) -> dict[str, Any]:
         """The arguments for `model.forward` instead of `call`."""
-        generation.forget_emptied(call)
-        if not has_pixels(self._family, call):
-            self._without_pixels(model, call)
-            return self._continued(call)
-        call, pruned = self._rewritten(model, call)
-        if pruned.columns is not None and call.get("labels") is not None and not torch.is_grad_enabled():
-            training.warn_of_columns()
-        return call
+        if self._here.generating and not has_pixels(self._family, call):
+            return call  # `generate` saw to everything
+        turn = self._turn(model, call, generating=False)
+        if has_pixels(self._family, call):
+            call = self._rewritten(model, call, turn)
+            if self.last.columns is not None and call.get("labels") is not None and not torch.is_grad_enabled():
+                training.warn_of_columns()
+            return call
+        self._without_pixels(model, call)
+        if turn is None:
+            return call
+        new = turn.text(by_mask=self._family.continues_by_itself)
+        return turn.resumed(new, generating=False, pad_token_id=pad_token_id(model, self._family))
 
     def in_step(self, logits: Tensor | tuple, labels: Tensor) -> Tensor:
         """The logits of the latest `model(...)` in step with its labels; for Trainer's `preprocess_logits_for_metrics`.
@@ -101,67 +109,90 @@ class Pruning:
         """
         return training.in_step(logits, labels, None if self.last is None else self.last.columns)
 
-    def _rewritten(self, model: PreTrainedModel, call: dict[str, Any], **purpose) -> tuple[dict[str, Any], Pruned]:
-        given = "inputs_embeds" if call.get("input_ids") is None else "input_ids"
-        before = call.get(given)
-        call, pruned = rewrite(model, self._family, call, self.options, **purpose)
-        self._note(pruned, removed=before.shape[1] - call[given].shape[1])
-        return call, pruned
+    def called(self, call: dict[str, Any], outputs: Any) -> None:
+        """Notes what `call` of the model left in its cache, unless `generate` made it, after which that is noted."""
+        if self._here.generating:
+            return
+        encoded = call.get("mm_encoder_outputs")
+        if isinstance(encoded, PrunedOutputs):
+            turns.note(call, outputs, encoded.prompt)
+        elif call.get("position_ids") is None:
+            turns.note_text(call, outputs)
 
-    def _without_pixels(self, model: PreTrainedModel, call: dict[str, Any]) -> Pruned | None:
-        """Looks at a call that has nothing to encode; returns what it kept if it comes from `prepare`."""
-        if self._here.generating or filled_cache(call) is not None:
-            return None
-        pruned = getattr(call.get("mm_encoder_outputs"), "pruned", None)
-        self._note(pruned)
-        check_unseen(model, self._family, call)
-        return pruned
-
-    def _continued(self, call: dict[str, Any], whole: bool = False) -> dict[str, Any]:
-        """A call without images, which may go on from a cache."""
-        by_itself = self._family.continues_by_itself
-        ours = self._family.positions(self.options) == "original" and not by_itself
-        removed = (self._here.latest or self._latest).removed
-        return generation.continue_positions(
-            call, whole, removed, must_be_known=ours and removed > 0, from_latest=by_itself
+    def _turn(self, model: PreTrainedModel, call: dict[str, Any], generating: bool) -> turns.Turn | None:
+        turns.forget_emptied(call)
+        return turns.begin(
+            call,
+            generating=generating,
+            pixels=has_pixels(self._family, call),
+            by_itself=self._family.continues_by_itself,
+            placeholders=[placeholder_id(model, modality) for modality in self._family.modalities],
         )
+
+    def _rewritten(
+        self, model: PreTrainedModel, call: dict[str, Any], turn: turns.Turn | None, generating: bool = False
+    ) -> dict[str, Any]:
+        restored = self.options.restore_prompt
+        call, pruned = rewrite(
+            model, self._family, call, self.options, turn=turn, generating=generating, restored=restored
+        )
+        self._note(pruned)
+        return call
+
+    def _without_pixels(self, model: PreTrainedModel, call: dict[str, Any]) -> None:
+        """Looks at a call that has nothing to encode."""
+        if self._here.generating or filled_cache(call) is not None:
+            return
+        self._note(getattr(call.get("mm_encoder_outputs"), "pruned", None))  # it has one if it comes from `prepare`
+        check_unseen(model, self._family, call)
 
     @torch.no_grad()
     def generate(self, original: Callable, model: PreTrainedModel, call: dict[str, Any]):
         """What `model.generate` does instead of `original(**call)`."""
-        original = self._noted(original)
-        positions = self._family.positions(self.options)
-        generation.forget_emptied(call)
-        if not has_pixels(self._family, call):
-            generation.check_continued_prompt(call)
-            prepared = self._without_pixels(model, call)
-            if prepared is None:
-                return generation.unpruned(original, self._continued(call, whole=True))
-            outputs = original(**call)
-            generation.remember_cache(call, outputs, prepared, restored=False)
-            return outputs
-        generation.check_chunks(model, call)
-        given = "inputs_embeds" if call.get("input_ids") is None else "input_ids"
-        prompt = call.get(given)
-        if self.options.restore_prompt and prompt is not None:
-            generation.check_limits(model, call, prompt.shape[1])
-        call, pruned = self._rewritten(model, call, generating=True)
-        if call[given] is prompt:  # everything was kept
-            return generation.unpruned(original, call)
-
-        pruned_length = call[given].shape[1]
-        if self.options.restore_prompt:
-            call = generation.lower_limits(model, call, by=prompt.shape[1] - pruned_length)
+        given, asked = "inputs_embeds" if call.get("input_ids") is None else "input_ids", call
+        call, prompt = self._shortened(model, call)
+        whole, restored = asked.get(given), None
+        shortened = call.get(given) is not whole
+        if shortened and self.options.restore_prompt:
+            call = generation.lower_limits(model, call, by=whole.shape[1] - call[given].shape[1])
+            if given == "input_ids":  # the output of a prompt of embeddings holds the new tokens alone
+                restored = generation.Restored(whole, call[given].shape[1])
+                call = restored.call(model, call)
         with ExitStack() as stack:
-            if positions == "original" and generation.setting(model, call, "use_cache") is False:
+            original_positions = self._family.positions(self.options) == "original"
+            if shortened and original_positions and generation.setting(model, call, "use_cache") is False:
                 stack.enter_context(generation.always_masked(model))
-            outputs = original(**call)
-        # The output of a prompt of embeddings holds the new tokens alone.
-        restored = self.options.restore_prompt and given == "input_ids"
-        generation.remember_cache(call, outputs, pruned, restored)
-        if restored:
-            outputs = generation.restore_prompt(outputs, prompt, pruned_length)
-        return outputs
+            outputs = self._noted(original)(**call)
+        turns.note(call, outputs, prompt)
+        return outputs if restored is None else restored.outputs(outputs)
+
+    def _shortened(
+        self, model: PreTrainedModel, call: dict[str, Any]
+    ) -> tuple[dict[str, Any], turns.CachedPrompt | None]:
+        """The call that `generate` makes instead, and what it leaves in its cache, if that is to be noted."""
+        turn = self._turn(model, call, generating=True)
+        if has_pixels(self._family, call):
+            generation.check_chunks(model, call)
+            new = self._rewritten(model, call, turn, generating=True)
+            if self.options.restore_prompt:
+                generation.check_limits(model, call, turns.prompt_of(call).shape[1])
+            return new, new["mm_encoder_outputs"].prompt
+        self._without_pixels(model, call)
+        if turn is not None:
+            new = turn.text(by_mask=True)
+            real = turns.mask_of(new).bool()
+            position = last_position(new["position_ids"], real) + 1
+            prompt = turns.after(turn, real, real, position, pruned=False, restored=self.options.restore_prompt)
+            return turn.resumed(new, generating=True, pad_token_id=pad_token_id(model, self._family)), prompt
+        if filled_cache(call) is not None:
+            return call, None
+        prepared = call.get("mm_encoder_outputs")
+        if not isinstance(prepared, PrunedOutputs):
+            return call, turns.text_prompt(call, generating=True)
+        prompt = prepared.prompt
+        if call.get("position_ids") is None and not self._family.continues_by_itself:  # `generate` numbers tokens
+            prompt = replace(prompt, skipped=torch.zeros_like(prompt.skipped))
+        return call, prompt
 
     def _noted(self, original: Callable) -> Callable:
         """`original`, and it is noted that what calls the model meanwhile is `generate`."""
@@ -243,9 +274,10 @@ def prune(
         newline: which tokens that separate the rows of a grid of crops stay, where a family has them: "rows", those of
             rows with a token left (None means this one); "drop", none; "all". An image that keeps every token keeps
             them all.
-        restore_prompt: `generate` returns the original prompt before the new tokens, and `max_length` counts it. To go
-            on from a cache that `generate` filled, turn it off: the cache holds the pruned prompt. Stopping criteria,
-            logits processors and streamers see the pruned prompt either way.
+        restore_prompt: `generate` returns the original prompt before the new tokens, `max_length` counts it, and your
+            own stopping criteria, logits processors and streamers see it. Off: all of these have the pruned prompt. A
+            later turn goes on from the cache with the sequences that were returned, and with the pixels of its own
+            images alone; its mask covers the same sequences.
 
     Any number of threads may call the model, and open contexts of their own on it: of several, the innermost that the
     calling thread opened counts. A thread that opened none, such as one started inside a context, prunes as the thread

@@ -16,11 +16,12 @@ from lvtp.hf.families import family_of, unwrapped
 from lvtp.hf.family import Encoded, Family
 from lvtp.hf.options import Keep, Method, Options, Score
 from lvtp.hf.packing import packed, sample_lengths, unpacked
-from lvtp.hf.positions import positions_of, without_collated
+from lvtp.hf.positions import position_after, positions_of, without_collated
 from lvtp.hf.prompt import attention_of_the_last_token
 from lvtp.hf.selection import budgets, select
 from lvtp.hf.sequence import columns_of, laid_out, new_columns, numbered, real_tokens, spanned
 from lvtp.hf.training import rescaled
+from lvtp.hf.turns import CachedPrompt, Turn, after
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class PrunedOutputs(dict[str, ModelOutput]):
     """The encoded images of a call, by modality, after pruning: what tells it from a call that was never pruned."""
 
     pruned: Pruned
+    prompt: CachedPrompt | None  # what the call leaves in its cache; None for packed samples, which have none
 
 
 def prepare(
@@ -82,6 +84,7 @@ def prepare(
     model = unwrapped(model)
     family, call = family_of(model, options), dict(inputs)
     if has_pixels(family, call):
+        check_first(call)
         return rewrite(model, family, call, options)[0]
     check_unseen(model, family, call)
     return call
@@ -136,11 +139,27 @@ def check_empty(model: PreTrainedModel, family: Family, call: dict[str, Any]) ->
 
 @torch.compiler.disable  # its shapes depend on the images
 def rewrite(
-    model: PreTrainedModel, family: Family, call: dict[str, Any], options: Options, generating: bool = False
+    model: PreTrainedModel,
+    family: Family,
+    call: dict[str, Any],
+    options: Options,
+    *,
+    turn: Turn | None = None,
+    generating: bool = False,
+    restored: bool = False,
 ) -> tuple[dict[str, Any], Pruned]:
-    """Encodes the call's images, selects, shortens. `generating`: for `generate`, which takes padding on the left."""
+    """Encodes the call's images, selects, shortens.
+
+    Args:
+        turn: the turn that the call begins, where there are tokens in its cache.
+        generating: for `generate`, which is padded on the left; a call of the model as it was.
+        restored: whether the caller goes on with a sequence that holds what is pruned.
+
+    Returns:
+        The call to make instead, and what it keeps.
+    """
     embedded = call.get("input_ids") is None
-    call = with_ids(model, family, call)
+    call = with_ids(model, family, call if turn is None else turn.new)
     check_call(call)
     whole, pad = call, pad_token_id(model, family)
     samples = sample_lengths(call)
@@ -148,6 +167,8 @@ def rewrite(
         raise ValueError(
             f"generate takes no packed samples, got {len(samples)} in one row: pass them as rows of a batch"
         )
+    if samples is not None and turn is not None:
+        raise ValueError(f"{name_in(call, 'cache')} must be empty for packed samples, got {len(samples)} of them")
     if samples is not None:
         call = unpacked(call, samples, pad)
     real = real_tokens(call)  # [B, S]
@@ -163,6 +184,11 @@ def rewrite(
         placeholders[modality] = call["input_ids"] == placeholder_id(model, modality)  # [B, S]
         _check_placeholders(modality, placeholders[modality], real, encoded[modality])
     if options.score == "prompt":
+        if turn is not None:
+            raise ValueError(
+                f"{name_in(call, 'cache')} must be empty with score='prompt': the language model would have to look at "
+                "the whole conversation to score an image of a later turn"
+            )
         encoded = _scored_by_prompt(model, family, call, encoded, placeholders, real)
     selected = _select(encoded, placeholders, options)
     for modality, images in encoded.items():
@@ -171,17 +197,30 @@ def rewrite(
         encoder_outputs[modality] = family.container(modality, images, tokens)
         indices += selected[modality]
 
+    pruned = not torch.equal(kept, real)
     stay = kept | (spanned(real) & ~real)  # what the mask hides inside a prompt stays hidden where it is
     numbers = positions_of(
-        model, family, call, real, kept, positions=positions, generating=generating, are_packed=samples is not None
+        model,
+        family,
+        call,
+        real,
+        kept,
+        positions=positions,
+        generating=generating,
+        are_packed=samples is not None,
+        start=None if turn is None else turn.before.position,
     )
     latest = numbers.masked_fill(~real.to(numbers.device), -1).amax(dim=-1)  # [B], or with axes before
     next_position = latest.view(-1, len(real)).amax(dim=0) + 1
-    if torch.equal(kept, real):  # the text stays as it came: bit for bit the unpruned call
+    if turn is not None:  # a row may have no new tokens
+        next_position = next_position.maximum(turn.before.position.to(next_position.device))
+    placed = pruned or (turn is not None and (turn.moved or family.continues_by_itself))
+    if not placed:  # the text stays as it came: bit for bit the unpruned call
         shortened, columns = without_pixels(family, whole), None
     else:
         shortened = without_pixels(family, call)
-        if positions == "original" or family.spells_positions or call.get("position_ids") is not None or samples:
+        spelled = positions == "original" or family.spells_positions or call.get("position_ids") is not None
+        if spelled or samples or turn is not None:
             shortened["position_ids"] = numbers
         if positions == "original" and call.get("attention_mask") is None:
             # Without a mask, attention reads a gap in the positions as the start of another packed sequence.
@@ -189,18 +228,29 @@ def rewrite(
         # With labels, the loss is the model's and nobody counts columns of the logits from the end.
         places = new_columns(real, stay, left=generating, tight=call.get("labels") is not None)
         shortened = laid_out(shortened, stay, places, pad)
-        shortened = family.place(model, shortened, next_position)
+        shortened = family.place(model, shortened, next_position, None if turn is None else turn.before)
         shortened = {name: value for name, value in shortened.items() if name not in arguments}
         columns = columns_of(stay, places)
-        if samples is not None:
-            shortened, columns = packed(model, shortened, whole, pad), numbered(kept[real][None])
+    prompt = None
+    if samples is None:
+        before = 0 if turn is None else turn.real.shape[1]
+        position = position_after(family, shortened, real, next_position, cached=before, generating=generating)
+        read = real_tokens(shortened)  # [B, S']
+        prompt = after(turn, kept, read, position, pruned=pruned, restored=restored)
+    elif placed:
+        shortened, columns = packed(model, shortened, whole, pad), numbered(kept[real][None])
+    if placed:
         shortened |= rescaled(whole, shortened)
-    shortened["mm_encoder_outputs"] = encoder_outputs = PrunedOutputs(encoder_outputs)
     if embedded:
         del shortened["input_ids"]
+    if turn is not None:
+        kept = turn.kept(kept)
+        shortened = turn.resumed(shortened, generating, pad) if placed else without_pixels(family, turn.call)
+    shortened["mm_encoder_outputs"] = encoder_outputs = PrunedOutputs(encoder_outputs)
     counts = tuple(len(index) for index in indices)
     kept = kept if samples is None else kept[real][None]
     encoder_outputs.pruned = Pruned(kept, tuple(indices), counts, next_position, options.scope, positions, columns)
+    encoder_outputs.prompt = prompt
     return shortened, encoder_outputs.pruned
 
 
@@ -240,11 +290,15 @@ def check_call(call: dict[str, Any]) -> None:
         raise ValueError(
             "logits_to_keep must be an int when pruning, got a tensor (its indices are of the unpruned prompt)"
         )
+
+
+def check_first(call: dict[str, Any]) -> None:
+    """Raises for images that come after cached tokens, which only a patched model can tell from the new ones."""
     cache = filled_cache(call)
     if cache is not None:
         raise ValueError(
-            f"{name_in(call, 'cache')} must be empty when pixels are given, got {int(cache.get_seq_length())} tokens: "
-            "images can be pruned in the first turn only"
+            f"{name_in(call, 'cache')} must be empty, got {int(cache.get_seq_length())} tokens: images in a later turn "
+            "are pruned by prune and patch"
         )
 
 

@@ -1,6 +1,6 @@
 """Prompts as rows of tensors: which columns are tokens, and the same tokens laid out anew. No model."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,6 +9,21 @@ from torch import Tensor
 _PADDING = {"attention_mask": 0, "labels": -100, "token_type_ids": 0, "mm_token_type_ids": 0, "position_ids": 0}
 # Tensors whose sizes have nothing to do with the prompt's, even where they happen to agree.
 _INDEPENDENT = ("negative_prompt_ids", "negative_prompt_attention_mask")
+
+
+class Before(NamedTuple):
+    """What stands in the key-value cache before a prompt."""
+
+    tokens: Tensor  # int64 [B]: how many
+    position: Tensor  # int64 [B]: of the token after them
+
+
+def last_columns(call: dict[str, Any], count: int) -> dict[str, Any]:
+    """The call with the last `count` columns alone of all that runs along the prompt."""
+    cut = {name: call[name][..., -count:] for name in ("input_ids", *_PADDING) if call.get(name) is not None}
+    if call.get("inputs_embeds") is not None:
+        cut["inputs_embeds"] = call["inputs_embeds"][:, -count:]
+    return call | cut
 
 
 def real_tokens(call: dict[str, Any]) -> Tensor:
@@ -31,6 +46,17 @@ def spanned(real: Tensor) -> Tensor:
     return (before > 0) & (after > 0)
 
 
+def last_position(position_ids: Tensor, real: Tensor) -> Tensor:
+    """int64 [B]: the highest position of the real tokens [B, S] on any axis; of 4 axes the first one is for masks."""
+    axes = position_ids.expand(*position_ids.shape[:-2], *real.shape).reshape(-1, *real.shape)[-3:]
+    return axes.masked_fill(~real.to(axes.device), -1).amax(dim=(0, 2))
+
+
+def leading(real: Tensor) -> Tensor:
+    """int64 [B]: the columns before the first token of each row."""
+    return (real.cumsum(dim=1) == 0).sum(dim=1)
+
+
 def numbered(columns: Tensor) -> Tensor:
     """int64 [B, S]: the columns that are True numbered from 0 in every row; the others have the number before them."""
     return (columns.long().cumsum(dim=1) - 1).clamp(min=0)
@@ -48,7 +74,7 @@ def new_columns(real: Tensor, stay: Tensor, *, left: bool, tight: bool) -> Tenso
             longest row.
     """
     lengths = stay.sum(dim=1, keepdim=True)  # [B, 1]
-    after = (real.flip(1).cumsum(dim=1) == 0).sum(dim=1, keepdim=True) * (lengths > 0)
+    after = leading(real.flip(1))[:, None] * (lengths > 0)
     if tight and bool(real[:, 0].all()):
         after = lengths.max() - lengths
     if left:
