@@ -5,12 +5,13 @@
 One batch is one call of `generate`.
 """
 
+import torch
 from accelerate import Accelerator
 from lmms_eval import utils
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, StoppingCriteria
 
 import lvtp
 
@@ -70,8 +71,9 @@ class PrunedModel(lmms):
         self._pruning = lvtp.hf.patch(self.model, method, keep, **pruning)
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
-        """Answers in the order of the requests. `until` is not read, as in lmms-eval's own chat models: tasks that do
-        not mean it have it too, and an answer ends where the model ends it."""
+        """Answers in the order of the requests. One ends before the first of the task's `until` in it, and where the
+        model ends it. A blank line ends none: lmms-eval puts that in the `until` of every task that names none, and its
+        own Qwen2.5-VL leaves it out, too."""
         # A batch shares its generation settings, and the longest questions come first.
         collator = utils.Collator(
             [request.args for request in requests], lambda args: -len(args[0]), lambda args: args[2], grouping=True
@@ -98,6 +100,7 @@ class PrunedModel(lmms):
         temperature = settings.get("temperature") or 0
         sample = temperature > 0 and settings.get("do_sample", True)
         tokenizer = self.processor.tokenizer
+        answered = _Answered(tokenizer, _until(settings))
         tokens = self.model.generate(
             **inputs,
             max_new_tokens=settings.get("max_new_tokens", 1024),
@@ -107,8 +110,9 @@ class PrunedModel(lmms):
             top_p=settings.get("top_p") if sample else None,
             top_k=settings.get("top_k") if sample else None,
             pad_token_id=tokenizer.pad_token_id,
-        )[:, inputs["input_ids"].shape[1] :]
-        texts = self.processor.batch_decode(tokens, skip_special_tokens=True)
+            stopping_criteria=[answered],
+        )[:, answered.start :]
+        texts = map(answered.cut, self.processor.batch_decode(tokens, skip_special_tokens=True))
         pruned = self._pruning.last  # None: no images
         read = (inputs["attention_mask"] if pruned is None else pruned.kept).sum(dim=1).tolist()
         written = (tokens != tokenizer.pad_token_id).sum(dim=1).tolist()
@@ -119,4 +123,34 @@ class PrunedModel(lmms):
         raise NotImplementedError("lvtp answers by generating; lmms-eval has no likelihood tasks for chat models")
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        raise NotImplementedError("lvtp has no multi-round generation: a turn with images starts from an empty cache")
+        raise NotImplementedError(
+            "lvtp answers one question at a time; lmms-eval's tasks of several rounds are not supported"
+        )
+
+
+def _until(settings: dict) -> list[str]:
+    until = settings.get("until") or []
+    return [term for term in ([until] if isinstance(until, str) else until) if term not in ("", "\n\n")]
+
+
+class _Answered(StoppingCriteria):
+    """Stops a row once one of the strings stands in its answer. It also notes where answers start."""
+
+    def __init__(self, tokenizer, until: list[str]):
+        self._tokenizer, self._until = tokenizer, until
+        # A token that is shown has at least a byte; and some room for those that are not.
+        self._latest = 2 * max((len(term.encode()) for term in until), default=0) + 16
+        self.start = 0
+
+    def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
+        self.start = self.start or input_ids.shape[1] - 1  # at the first call there is one new token
+        tokens = input_ids[:, max(self.start, input_ids.shape[1] - self._latest) :]
+        texts = self._tokenizer.batch_decode(tokens, skip_special_tokens=True) if self._until else [""] * len(tokens)
+        ends = [any(term in text for term in self._until) for text in texts]
+        return torch.tensor(ends, dtype=torch.bool, device=input_ids.device)
+
+    def cut(self, text: str) -> str:
+        """The text up to the first of the strings."""
+        for term in self._until:
+            text = text.split(term)[0]
+        return text

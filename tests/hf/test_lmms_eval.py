@@ -113,11 +113,73 @@ def test_the_command_gives_the_answers_of_pruned_generation(checkpoint, photos, 
         "--output_path", str(tmp_path / "out"),
     ]  # fmt: skip
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
+    # It may fail, write nothing and exit with 0.
+    said = f"lmms-eval ended with {done.returncode} and said:\n{done.stdout}\n{done.stderr}"
+    assert done.returncode == 0, said
+    found = list((tmp_path / "out").rglob("*_samples_two_questions.jsonl"))
+    assert len(found) == 1, said
 
-    (samples,) = (tmp_path / "out").rglob("*_samples_two_questions.jsonl")
-    samples = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda sample: sample["doc_id"])
+    samples = sorted(map(json.loads, found[0].read_text().splitlines()), key=lambda sample: sample["doc_id"])
     assert [sample["filtered_resps"] for sample in samples] == answers
     assert [sample["token_counts"][0]["input_tokens"] for sample in samples] == read
     (results,) = (tmp_path / "out").rglob("*_results.json")
     assert json.loads(results.read_text())["results"]["two_questions"]["exact_match,none"] == 0.5
+
+
+@pytest.fixture(scope="module")
+def pruned_model(checkpoint):
+    """From options to what lmms-eval gets."""
+    import lvtp.lmms_eval  # takes seconds
+
+    def build(**options):
+        return lvtp.lmms_eval.PrunedModel(str(checkpoint[0]), "prune_sid", KEEP, device="cpu", **options)
+
+    return build
+
+
+def ask(model, photos, **settings):
+    """The answers to a question about each photo, in one batch."""
+    conversations = [
+        [
+            {
+                "role": "user",
+                "content": [{"type": "image", "image": Image.open(photo)}, {"type": "text", "text": question}],
+            }
+        ]
+        for question, photo in zip(QUESTIONS, photos, strict=False)
+    ]
+    return [answer.text for answer in model._answer(conversations, {"max_new_tokens": 6, **settings})]
+
+
+def test_answers_are_whole_without_the_restored_prompt(pruned_model, photos):
+    wanted = ask(pruned_model(), photos)
+    assert all(len(answer.split()) > 1 for answer in wanted)
+    assert ask(pruned_model(restore_prompt=False), photos) == wanted
+
+
+@pytest.mark.parametrize("restore_prompt", [True, False])
+def test_answers_end_before_the_first_of_until(pruned_model, photos, restore_prompt):
+    model = pruned_model(restore_prompt=restore_prompt)
+    whole = ask(model, photos)
+    words = whole[0].split()
+    wanted = [answer.split(words[3])[0].split(words[2])[0] for answer in whole]
+    assert ask(model, photos, until=[words[3], words[2]]) == wanted
+    assert ask(model, photos, until=words[2]) == [answer.split(words[2])[0] for answer in whole]
+    # What lmms-eval puts where a task names none.
+    assert ask(model, photos, until=["\n\n"]) == ask(model, photos, until=None) == whole
+
+
+def test_no_tokens_are_made_after_until(pruned_model, photos, monkeypatch):
+    model = pruned_model()
+    word = ask(model, photos[:1])[0].split()[1]
+    lengths = []
+    generate = model.model.generate
+
+    def counted(**call):
+        outputs = generate(**call)
+        lengths.append(outputs.shape[1] - call["input_ids"].shape[1])
+        return outputs
+
+    monkeypatch.setattr(model.model, "generate", counted)
+    ask(model, photos[:1], until=[word])
+    assert lengths[0] <= 2
