@@ -23,8 +23,11 @@ demo: $(VENV)/demo
 
 # Passive: on a machine that others use too, OpenMP's waiting threads would spin away the core the working one needs
 # (LAPACK's eigh on two threads, one core taken: 4 s instead of 60 ms).
+# JOBS processes share the files among them; much of the suite keeps one core busy.
+JOBS ?= 2
+
 test: $(VENV)/built
-	OMP_WAIT_POLICY=passive PIP_CONSTRAINT=$(abspath $(CONSTRAINTS)) $(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive PIP_CONSTRAINT=$(abspath $(CONSTRAINTS)) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 # 2.11 is what rented machines with a GPU have.
 headers: $(VENV)/built

@@ -36,6 +36,8 @@ def xla_headers() -> str | None:
 
 def build(asan: bool = ASAN) -> Path:
     """Two libraries: the kernels with the machine, whose thread-local variables are all __shared__, and the module."""
+    import fcntl
+
     import pybind11
 
     name = "lvtp_emulation_asan" if asan else "lvtp_emulation"
@@ -62,8 +64,10 @@ def build(asan: bool = ASAN) -> Path:
         lines += [f"build {path.name}.o: compile {path}\n  extra = -isystem {xla}" for path in calls]
         inputs = " ".join(f"{path.name}.o" for path in calls)
         lines.append(f"build jax_calls.so: link {inputs} libkernels.so\n  extra = -Wl,-rpath,{folder}")
-    (folder / "build.ninja").write_text("\n".join(lines) + "\n")
-    done = subprocess.run(["ninja", "-C", folder, "-j", "2"], capture_output=True, text=True)
+    with (folder / "lock").open("w") as lock:  # of several test processes one builds, and the others wait
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+        done = subprocess.run(["ninja", "-C", folder, "-j", "2"], capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"the emulation does not build:\n{done.stdout}\n{done.stderr}")
     return folder / f"{name}.so"
