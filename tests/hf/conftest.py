@@ -1,5 +1,6 @@
+from importlib.metadata import version
+
 import pytest
-import transformers
 from packaging.version import Version
 
 import lvtp
@@ -57,7 +58,7 @@ def rows(request):
 @pytest.fixture(params=["cache", "past_key_values"])
 def cache_name(request):
     """Every name that the installed transformers takes a key-value cache under."""
-    installed = Version(transformers.__version__)
+    installed = Version(version("transformers"))
     if request.param == "cache" and installed < Version("5.24"):
         pytest.skip("transformers does not take it yet")
     if request.param == "past_key_values" and installed >= Version("5.40"):
