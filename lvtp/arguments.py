@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from lvtp import checks, dlpack
 
 _TYPES = {
-    "Tensor": {Tensor}, "Optional[Tensor]": {Tensor, type(None)}, "int": {int}, "float": {float, int}, "str": {str},
+    "Tensor": {Tensor, Parameter}, "Optional[Tensor]": {Tensor, Parameter, type(None)},
+    "int": {int}, "float": {float, int}, "str": {str},
 }  # fmt: skip
 
 

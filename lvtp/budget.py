@@ -53,6 +53,14 @@ class Budget:
         if not isinstance(self.dynamic, bool):
             raise ValueError(f"dynamic must be True or False, got {self.dynamic!r}")
 
+    def check(self, images: int) -> None:
+        """Raises ValueError unless each of so many images can have a token."""
+        if self.total < images:
+            raise ValueError(
+                f"total must be at least 1 for each of the {images} images (crops, frames) of a request, "
+                f"got {self.total}"
+            )
+
     def share(self, features: Sequence[Tensor]) -> list[int]:
         """How many tokens each image keeps: at least 1, all together `total`, or everything if there is less.
 
@@ -60,11 +68,7 @@ class Budget:
             features: image i: [N_i, D] float32, float16 or bfloat16.
         """
         sizes = [len(image) for image in features]
-        if self.total < len(sizes):
-            raise ValueError(
-                f"total must be at least 1 for each of the {len(sizes)} images (crops, frames) of a request, "
-                f"got {self.total}"
-            )
+        self.check(len(sizes))
         total = min(self.total, sum(sizes))
         with torch.device("cpu"):  # whatever the caller's default device
             rho = _mean_similarities(features) if self.dynamic else torch.zeros(len(sizes))

@@ -37,11 +37,18 @@ def take(features, keep) -> tuple[jax.Array, jax.Array]:
     JAX takes an index of -1 for the last token. An index that is out of range otherwise follows the rules of
     `jnp.take_along_axis`.
     """
-    features, keep = (jnp.asarray(a) if isinstance(a, np.ndarray) else a for a in (features, keep))
+    features, keep = _array("features", features), _array("keep", keep)
     checks.take(_meta("take", "features", features), _meta("take", "keep", keep))
     valid = keep != -1
     tokens = jnp.take_along_axis(features, jnp.where(valid, keep, 0)[..., None], axis=1)
-    return jnp.where(valid[..., None], tokens, 0), valid
+    return jnp.where(valid[..., None], tokens, jnp.zeros((), tokens.dtype)), valid
+
+
+def _array(name: str, value) -> jax.Array:
+    if isinstance(value, jax.Array):
+        return value
+    tensor = dlpack.tensor(value, "take", name)  # refuses what is no array, or none that can be read
+    return jnp.asarray(value if isinstance(value, np.ndarray) else tensor.numpy(force=True))
 
 
 @functools.cache

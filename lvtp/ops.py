@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
 from lvtp import arguments, checks, chips, dlpack, reference, triton_kernels
@@ -121,8 +122,7 @@ def use_backend(backend: str) -> Iterator[None]:
     "triton" and "reference" (plain PyTorch) are held to: a call they cannot serve raises `RuntimeError` and says why.
     The environment variable LVTP_BACKEND sets the default. `torch.ops.lvtp.*`, which is torch's own dispatch, is not
     affected; a compiled function keeps the backend in force when it was traced, and the reference is not made to be
-    traced. Raises `ValueError` for
-    any other name.
+    traced. Raises `ValueError` for any other name.
     """
     token = _backend.set(_known(backend, "use_backend: backend"))
     try:
@@ -144,6 +144,8 @@ def call(name: str, *args, overload: str = "default"):
 def _run(name: str, args: Sequence, overload: str):
     backend = backend_in_force()
     if backend == "reference":
+        if name == "psca" and _wants(args[0]):
+            return _psca_without_derivative(reference.psca, *args)
         return getattr(reference, name)(*args)
     if backend == "triton":
         device = args[0].device.type
@@ -339,6 +341,8 @@ def _wants(t: Tensor) -> bool:
 
 
 def _has_tangent(t: Tensor) -> bool:
+    if is_functorch_wrapped_tensor(t):  # a compiled graph opens level 0, the only one, and Python does not know of it
+        return torch._VF._unpack_dual(t, level=0).tangent is not None
     return forward_ad.unpack_dual(t).tangent is not None
 
 
@@ -444,8 +448,7 @@ def cluster_nms(
         RuntimeError: an argument of another rank, shape, dtype or device; on the CPU also a label below 0.
         TypeError, ValueError: an argument of the wrong type, or an array that torch cannot read.
     """
-    per_image = isinstance(threshold, Tensor) or getattr(threshold, "ndim", 0)
-    overload = "per_image" if per_image else "default"
+    overload = "per_image" if getattr(threshold, "ndim", 0) else "default"
     return call("cluster_nms", scores, labels, similarity, threshold, mask, overload=overload)
 
 

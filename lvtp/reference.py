@@ -39,11 +39,12 @@ SIGMOID_FLOOR = -87.0  # a feature below counts as this: its sigmoid is no norma
 def _directions(features: Tensor) -> Tensor:
     """x^ = x / max(||x||, 1e-12) as fp32 [B, N, D]; a token with NaN or Inf anywhere becomes all zeros."""
     x = features.float()
-    x = torch.where(x.isfinite().all(-1, keepdim=True), x, 0.0)
+    # A token without a direction has no gradient either; the norm of zeros, which has no second one, is not taken.
+    has_direction = x.isfinite().all(-1, keepdim=True) & (x != 0).any(-1, keepdim=True)
+    x = torch.where(has_direction, x, 1.0)
     # Squares of features as large as 1e30 overflow fp32, so the norm is accumulated in float64.
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float64).float()
-    # A token of zeros has no direction, and so no gradient either, instead of one of 1e12.
-    return torch.where(norm > 0, x / norm.clamp_min(NORM_FLOOR), 0.0)
+    return torch.where(has_direction, x / norm.clamp_min(NORM_FLOOR), 0.0)
 
 
 def without_autocast(t: Tensor) -> contextlib.AbstractContextManager:

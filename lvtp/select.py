@@ -77,7 +77,7 @@ def take(features: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     and gradients flow to the tokens taken.
 
     Args:
-        features: [B, N, D] of any dtype.
+        features: [B, N, D] of any dtype that `torch.gather` takes.
         keep: int64 or int32 [B, k], each in [0, N) or -1; the answer of a selector.
 
     Returns:

@@ -75,7 +75,11 @@ class Restored:
     """The original prompt in the place of the shortened one, in ids that `generate` hands out."""
 
     prompt: Tensor  # [B, S]
-    pruned_length: int  # S'
+    shortened: Tensor  # [B, S']
+
+    @property
+    def pruned_length(self) -> int:
+        return self.shortened.shape[1]
 
     def ids(self, ids: Tensor) -> Tensor:
         """[R, S' + new] -> [R, S + new], R a multiple of B."""
@@ -103,10 +107,13 @@ class Restored:
         allowed = call.get("prefix_allowed_tokens_fn")
         if allowed is not None:
             beams = setting(model, call, "num_beams") or 1
-            times = max(setting(model, call, "num_return_sequences") or 1, beams) // beams  # groups of beams a prompt
+            times = max(setting(model, call, "num_return_sequences") or 1, beams) // beams
 
             def allowed_after(group: int, ids: Tensor):
-                prompt = self.prompt[group // times].to(ids.device)
+                # A group is a prompt, or before 5.24 one of the sequences sampled for it.
+                prompts = self.shortened.to(ids.device)
+                of = group if group < len(prompts) and torch.equal(ids[: self.pruned_length], prompts[group]) else None
+                prompt = self.prompt[group // times if of is None else of].to(ids.device)
                 return allowed(group, torch.cat([prompt, ids[self.pruned_length :]]))
 
             call["prefix_allowed_tokens_fn"] = allowed_after
@@ -178,7 +185,9 @@ def always_masked(model: PreTrainedModel):
 
     thread = threading.get_ident()
 
-    def add_mask(module, args, kwargs):
+    def add_mask(module, args, kwargs=None):
+        if kwargs is None:  # another thread took its hook away meanwhile
+            return None
         if threading.get_ident() == thread and kwargs.get("attention_mask") is None:
             ids = kwargs.get("input_ids")
             like = kwargs["inputs_embeds"][..., 0] if ids is None else ids  # [B, S]
@@ -190,4 +199,5 @@ def always_masked(model: PreTrainedModel):
     try:
         yield
     finally:
-        hook.remove()
+        with HOOKING:
+            hook.remove()

@@ -148,6 +148,7 @@ def _with_keeps(images: list[VisualTokens], keep: Keep) -> list[VisualTokens]:
     elif not keep.dynamic and units:
         keeps = iter(keep.share([torch.empty(tokens, 0) for tokens in units]))
     else:
+        keep.check(len(units))
         return images
     return [replace(image, keeps=tuple(islice(keeps, len(image.units)))) for image in images]
 

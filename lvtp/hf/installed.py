@@ -11,7 +11,6 @@ from types import MethodType
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
@@ -45,14 +44,17 @@ class _Installed:
 
     def __init__(self, model: PreTrainedModel):
         self.prunings: tuple[Pruning, ...] = ()  # in the order in which they began
-        # from_pretrained puts a `generate` of the checkpoint's own on the instance, if it has one.
-        self._own_generate = model.__dict__.get("generate")
+        # from_pretrained puts a `generate` of the checkpoint's own on the instance, if it has one. Bound to the model,
+        # it would keep it alive.
+        own = model.__dict__.get("generate")
+        self._bound = getattr(own, "__self__", None) is model
+        self._own_generate = own.__func__ if self._bound else own
         with HOOKING:
             self._hooks = (
                 model.register_forward_pre_hook(_before_forward, with_kwargs=True, prepend=True),
                 model.register_forward_hook(_after_forward, with_kwargs=True),
             )
-        self._generate = _generate_of(type(model), self._own_generate)
+        self._generate = _generate_of(type(model), self._own_generate, self._bound)
         model.generate = MethodType(self._generate, model)
 
     def uninstall(self, model: PreTrainedModel) -> None:
@@ -63,7 +65,7 @@ class _Installed:
         if getattr(model.__dict__.get("generate"), "__func__", None) is self._generate:
             del model.generate
             if self._own_generate is not None:
-                model.generate = self._own_generate
+                model.generate = MethodType(self._own_generate, model) if self._bound else self._own_generate
 
 
 _INSTALLED: WeakKeyDictionary[PreTrainedModel, _Installed] = WeakKeyDictionary()
@@ -92,7 +94,8 @@ def uninstall(model: PreTrainedModel, pruning: Pruning) -> None:
 
 def _pruning_of(model: PreTrainedModel) -> Pruning | None:
     """The pruning that counts for a call of `model` from this thread; `prune` says which."""
-    installed = _INSTALLED.get(model)
+    # A replica of DataParallel, a shallow copy, has the `generate` of the model that it copies.
+    installed = _INSTALLED.get(getattr(model.__dict__.get("generate"), "__self__", model))
     prunings = () if installed is None else installed.prunings
     threads = {pruning.thread for pruning in prunings}
     if not threads:
@@ -120,7 +123,7 @@ def _before_forward(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any] 
 
 
 def _after_forward(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], outputs: Any = None) -> None:
-    if torch.compiler.is_compiling() or outputs is None:  # as above
+    if outputs is None or _is_step(kwargs):  # as above; a step leaves nothing to note
         return
     pruning = _pruning_of(model)
     if pruning is not None:
@@ -131,11 +134,13 @@ def before_tuner(tuner: nn.Module, args: tuple, kwargs: dict[str, Any] | None = 
     return _before_forward(unwrapped(tuner.model), args, kwargs)
 
 
-def _generate_of(model_class: type[PreTrainedModel], own: Callable | None) -> Callable:
+def _generate_of(model_class: type[PreTrainedModel], own: Callable | None, bound: bool) -> Callable:
+    """`own`: the checkpoint's, which gets the model if it was `bound` to it."""
+
     # generate's signature is part of its interface: transformers and its users inspect it.
     @functools.wraps(model_class.generate)
     def generate(model: PreTrainedModel, *args, **kwargs):
-        original = own or MethodType(model_class.generate, model)
+        original = own if own is not None and not bound else MethodType(own or model_class.generate, model)
         pruning = _pruning_of(model)
         if pruning is None:
             return original(*args, **kwargs)

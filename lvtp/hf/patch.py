@@ -109,6 +109,7 @@ class Pruning:
         """
         return training.in_step(logits, labels, None if self.last is None else self.last.columns)
 
+    @torch.compiler.disable
     def called(self, call: dict[str, Any], outputs: Any) -> None:
         """Notes what `call` of the model left in its cache, unless `generate` made it, after which that is noted."""
         if self._here.generating:
@@ -156,7 +157,7 @@ class Pruning:
         if shortened and self.options.restore_prompt:
             call = generation.lower_limits(model, call, by=whole.shape[1] - call[given].shape[1])
             if given == "input_ids":  # the output of a prompt of embeddings holds the new tokens alone
-                restored = generation.Restored(whole, call[given].shape[1])
+                restored = generation.Restored(whole, call[given])
                 call = restored.call(model, call)
         with ExitStack() as stack:
             original_positions = self._family.positions(self.options) == "original"
@@ -181,7 +182,8 @@ class Pruning:
         if turn is not None:
             new = turn.text(by_mask=True)
             real = turns.mask_of(new).bool()
-            position = last_position(new["position_ids"], real) + 1
+            before = turn.before.position  # a row may have no new tokens
+            position = (last_position(new["position_ids"], real) + 1).maximum(before.to(real.device))
             prompt = turns.after(turn, real, real, position, pruned=False, restored=self.options.restore_prompt)
             return turn.resumed(new, generating=True, pad_token_id=pad_token_id(model, self._family)), prompt
         if filled_cache(call) is not None:
@@ -276,13 +278,13 @@ def prune(
             them all.
         restore_prompt: `generate` returns the original prompt before the new tokens, `max_length` counts it, and your
             own stopping criteria, logits processors and streamers see it. Off: all of these have the pruned prompt. A
-            later turn goes on from the cache with the sequences that were returned, and with the pixels of its own
-            images alone; its mask covers the same sequences.
+            later turn, which belongs inside a context too, goes on from the cache with the sequences that were
+            returned, and with the pixels of its own images alone; its mask covers the same sequences.
 
     Any number of threads may call the model, and open contexts of their own on it: of several, the innermost that the
     calling thread opened counts. A thread that opened none, such as one started inside a context, prunes as the thread
-    does that was the first to open one. What `prune` returns may be entered again. (`patch` is the same, from its call
-    to `remove`.)
+    does that was the first to open one. Tasks of asyncio in one thread have its contexts in common. What `prune`
+    returns may be entered again. (`patch` is the same, from its call to `remove`.)
 
     Yields:
         A `Pruning`; its `last` says what the latest call kept.
@@ -295,23 +297,24 @@ def prune(
     return _Prune(model, Options(method, keep, score, positions, scope, newline, restore_prompt))
 
 
-class _Opened(threading.local):
-    """The prunings that one thread entered and has not left."""
-
-    def __init__(self):
-        self.prunings: list[Pruning] = []
-
-
 class _Prune(ContextDecorator):
     """What `prune` returns: it may be entered any number of times, also inside itself and from several threads."""
 
     def __init__(self, model: PreTrainedModel, options: Options):
         family_of(unwrapped(model), options)  # raises
-        self._model, self._options, self._opened = model, options, _Opened()
+        self._model, self._options = model, options
+        self._opened: list[Pruning] = []
+        self._opening = threading.Lock()
 
     def __enter__(self) -> Pruning:
-        self._opened.prunings.append(Pruning(self._model, self._options))
-        return self._opened.prunings[-1]
+        pruning = Pruning(self._model, self._options)
+        with self._opening:
+            self._opened.append(pruning)
+        return pruning
 
     def __exit__(self, *exception) -> None:
-        self._opened.prunings.pop().remove()
+        here = threading.current_thread()
+        with self._opening:  # a server may leave it in another thread than it was entered in
+            pruning = ([one for one in self._opened if one.thread is here] or self._opened)[-1]
+            self._opened.remove(pruning)
+        pruning.remove()

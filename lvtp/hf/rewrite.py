@@ -32,7 +32,9 @@ class Pruned:
     # Image (crop, frame: see `scope`) i: int64 [K_i], which of its tokens were kept, ascending; images before videos.
     indices: tuple[Tensor, ...]
     counts: tuple[int, ...]  # K_i
-    next_position: Tensor  # int64 [B]: the position of the token after the prompt; of each sample of a packed row
+    # int64 [B]: the position of the token after the prompt, its tokens counted; of each sample of a packed row. A call
+    # of a model by hand with compact positions on one axis counts columns of padding on the left, too.
+    next_position: Tensor
     scope: str
     positions: str  # "compact" or "original"
     # int64 [B, S]: where the tokens of the original prompt are in the pruned one; of those dropped, the last token
@@ -112,7 +114,8 @@ def check_unseen(model: PreTrainedModel, family: Family, call: Mapping[str, Any]
         raise ValueError(
             f"inputs_embeds must come with {' or '.join(family.modalities.values())}, and hold the embeddings of "
             "placeholders where they go: visual tokens that are merged into them already cannot be pruned, nor told "
-            "from text"
+            "from text (text alone: call outside the context, or give mm_token_type_ids of zeros where the call takes "
+            "them)"
         )
 
 

@@ -83,6 +83,8 @@ def test_budgets_of_more_tokens_of_crops_than_there_are_places_raise(member, dyn
         with pytest.raises(ValueError, match=r"keep must leave at most the 40 tokens .* got 4[1-7] over all its crops"):
             call(member.model, inputs, keep=lvtp.Budget(41, dynamic), scope="crop")
         assert call(member.model, inputs, keep=lvtp.Budget(48, dynamic), scope="crop")  # all of them
+        with pytest.raises(ValueError, match=r"total must be at least 1 for each of the 3 images .*, got 2"):
+            call(member.model, inputs, keep=lvtp.Budget(2, dynamic), scope="crop")
 
 
 @ANYRES

@@ -98,6 +98,28 @@ def test_images_in_every_turn(member, positions, cache_name):
 
 
 @each_mode
+def test_a_row_without_new_tokens(member, positions):
+    """One conversation of a batch pauses for two turns, which are masked in its row, and goes on with an image."""
+    model, chat = member.model, Conversation(member)
+
+    def silent():
+        """The answer and what follows it are not there for the second row."""
+        before = chat.columns["input_ids"].shape[1]
+        chat.answer(outputs)
+        columns, _ = chat.tell()
+        columns["attention_mask"][1, before:] = 0
+        return columns
+
+    with lvtp.hf.prune(model, keep=KEEP, positions=positions):
+        outputs = generate(model, *chat.show(seed=1))
+        for _ in range(2):
+            outputs = generate(model, silent(), past_key_values=outputs.past_key_values)
+        silent()
+        outputs = generate(model, *chat.show(seed=2), past_key_values=outputs.past_key_values)
+    check(outputs, chat.oracle(positions), model)
+
+
+@each_mode
 def test_only_the_new_tokens_of_a_later_turn(member, positions):
     """Their mask covers the whole conversation."""
     model, chat = member.model, Conversation(member)

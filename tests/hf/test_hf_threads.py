@@ -1,5 +1,6 @@
 """One patched model, many threads: every call gets its own answer, and nothing is left behind."""
 
+import copy
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -75,6 +76,21 @@ def test_every_request_gets_its_own_answer(member):
 
 
 @pytest.mark.parametrize("member", [LLAVA, QWENS[1]], ids=lambda member: member.name)
+def test_every_request_gets_its_own_answer_without_a_cache(member):
+    """Each thread gives its own steps a mask."""
+    model, before = member.model, footprint(member.model)
+    calls = [member.batch("single", seed=seed) for seed in range(3)]
+    with torch.no_grad(), lvtp.hf.prune(model, keep=KEEP, positions="original"):
+
+        def work(i):
+            return model.generate(**calls[i % 3], max_new_tokens=3, use_cache=False)
+
+        wanted = [work(i) for i in range(3)]
+        assert all(torch.equal(got, wanted[i % 3]) for i, got in enumerate(in_threads(work, range(100))))
+    assert footprint(model) == before
+
+
+@pytest.mark.parametrize("member", [LLAVA, QWENS[1]], ids=lambda member: member.name)
 def test_every_request_is_scored_by_its_own_prompt(member):
     check_requests(member, score="prompt")
 
@@ -123,6 +139,26 @@ def test_contexts_of_several_threads_on_one_model(model):
         assert first.last is None
         assert second.last.counts == (3,)
     assert footprint(model) == before
+
+
+def test_a_context_left_in_another_thread_than_it_was_entered_in(model):
+    inputs, before = batch(model, *BATCHES["single"]), footprint(model)
+    context = lvtp.hf.prune(model, keep=KEEP)
+    context.__enter__()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(context.__exit__, None, None, None).result()
+    assert footprint(model) == before
+    with torch.no_grad():
+        assert model(**inputs).logits.shape[1] == inputs["input_ids"].shape[1]
+
+
+def test_a_replica_of_data_parallel_is_pruned(model):
+    """A shallow copy; a deep one is a model of its own."""
+    inputs = batch(model, *BATCHES["single"])
+    with torch.no_grad(), lvtp.hf.prune(model, keep=KEEP):
+        wanted = model(**inputs).logits
+        assert torch.equal(copy.copy(model)(**inputs).logits, wanted)
+        assert copy.deepcopy(model)(**inputs).logits.shape[1] == inputs["input_ids"].shape[1]
 
 
 def test_last_is_of_the_thread_that_asks(model):

@@ -205,6 +205,20 @@ def test_what_torch_compile_returns_is_taken():
     assert torch.equal(got, tokens)
 
 
+def test_steps_by_hand_of_what_torch_compile_returns():
+    """The prompt's cache says where positions go on, whatever was compiled."""
+    model = tiny_llava.build()
+    inputs = batch(model)
+    tokens, mask = torch.full((len(inputs["input_ids"]), 1), 7), inputs["attention_mask"]
+    logits = []
+    for callee in (model, torch.compile(model, backend="eager")):
+        with torch.no_grad(), lvtp.hf.prune(callee, keep=KEEP, positions="original"):
+            cache = callee(**inputs, use_cache=True).past_key_values
+            step = {"input_ids": tokens, "attention_mask": torch.cat([mask, torch.ones_like(tokens)], dim=1)}
+            logits.append(callee(**step, past_key_values=cache).logits)
+    assert relative_error(logits[1], logits[0]) <= 1e-5
+
+
 @pytest.mark.parametrize("outside", [True, False])
 def test_wrappers_may_be_around_each_other(outside):
     peft = pytest.importorskip("peft")
