@@ -3,8 +3,9 @@
 # make sanitize  the CPU library's tests under sanitizers
 # make bench  the operators beside the reference, timed on this machine; make report puts the figures in a page
 # make lint   ruff and clang-format; make format applies them
-# make headers  csrc compiled against the headers of the oldest torch that will do, of others, and of the newest
+# make headers  csrc compiled against the headers of the oldest torch that will do, of 2.11 and of 2.15
 # make lock   the versions that all of these install, chosen anew; make newest runs the tests on the newest of everything
+#             but torch
 # Each sets up .venv on first use, with the versions in constraints.txt. TORCH says which torch that is: to try another,
 # TORCH=torch CONSTRAINTS=/dev/null VENV=.venv-torch.
 PYTHON ?= python3
@@ -21,15 +22,15 @@ LINTED := $(CPP) $(wildcard examples/cpp/*.cpp tests/emulation/*.h tests/emulati
 demo: $(VENV)/demo
 	$(BIN)/lvtp demo --out out/demo
 
-# Passive: on a machine that others use too, OpenMP's waiting threads would spin away the core the working one needs
-# (LAPACK's eigh on two threads, one core taken: 4 s instead of 60 ms).
 # JOBS processes share the files among them; much of the suite keeps one core busy.
 JOBS ?= 2
 
+# Passive: on a machine that others use too, OpenMP's waiting threads would spin away the core the working one needs
+# (LAPACK's eigh on two threads, one core taken: 4 s instead of 60 ms).
 test: $(VENV)/built
 	OMP_WAIT_POLICY=passive PIP_CONSTRAINT=$(abspath $(CONSTRAINTS)) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
-# 2.11 is what rented machines with a GPU have.
+# 2.11 is what rented machines with a GPU have, 2.15 the newest when this was last changed.
 headers: $(VENV)/built
 	$(BIN)/python tests/torch_headers.py 2.11.0 2.15.0
 
@@ -72,8 +73,10 @@ lock: $(VENV)/bin/python
 	$(BIN)/uv pip compile pyproject.toml --universal --python-version 3.10 --no-python-downloads --upgrade \
 		--extra test --extra bench --group lmms-eval --group lint --group lock --constraint out/torch.txt \
 		--no-annotate --custom-compile-command "make lock" --quiet --output-file constraints.txt
+	sed -i.old '/^\(nvidia\|cuda\)-/d' constraints.txt && rm constraints.txt.old # each build of torch pins its own
 
 newest:
+	rm -rf .venv-newest $(VENV)/built $(VENV)/demo # its build takes the place of theirs
 	$(MAKE) test VENV=.venv-newest CONSTRAINTS=/dev/null
 
 clean:
@@ -89,12 +92,12 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(CONSTRAINTS) $(CPP)
 
 $(VENV)/demo: $(SOURCES) | $(VENV)/bin/python
 	$(PIP) "$(TORCH)" "setuptools>=77" wheel "cmake>=3.25" ninja
-	CMAKE_ARGS="-DLVTP_CUDA=$(if $(shell command -v nvidia-smi),ON,OFF)" $(PIP) --no-build-isolation -e ".[demo]"
+	CMAKE_ARGS="-DLVTP_CUDA=$(if $(shell command -v nvidia-smi),ON,OFF) $(CMAKE_ARGS)" $(PIP) --no-build-isolation -e ".[demo]"
 	touch $@
 
 $(VENV)/built: $(SOURCES) | $(VENV)/bin/python
 	$(PIP) "$(TORCH)" "setuptools>=77" wheel "cmake>=3.25" ninja jaxlib
-	CMAKE_ARGS="-DLVTP_CUDA=ON" $(PIP) --no-build-isolation -e ".[test]"
+	CMAKE_ARGS="-DLVTP_CUDA=ON $(CMAKE_ARGS)" $(PIP) --no-build-isolation -e ".[test]"
 	$(PIP) --group lmms-eval && $(PIP) --no-deps lmms-eval==0.7.3
 	touch $(VENV)/demo $@
 

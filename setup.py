@@ -81,7 +81,9 @@ class CMakeBuild(build_ext):
         self.destination = (ROOT if in_place else Path(self.build_lib).resolve()) / "lvtp" / "lib"
         # Not setuptools' temporary folder, which is new every time: in one that stays, only what changed is compiled.
         build = ROOT / "build" / "editable" if in_place else Path(self.build_temp).resolve() / "cmake"
-        configure = ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", f"-DLVTP_TORCH={torch}"]
+        configure = ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja"]
+        configure += ["-ULVTP_*", "-UCMAKE_CUDA_ARCHITECTURES"]  # options of an earlier build do not stay
+        configure.append(f"-DLVTP_TORCH={torch}")
         configure.append(f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}")  # an isolated build's moves at every build
         configure.append(f"-DLVTP_XLA={find_xla() or ''}")
         if os.environ.get("TORCH_CUDA_ARCH_LIST"):

@@ -6,6 +6,8 @@
 #   WHEELS=out/wheels bash bench/gpu.sh B    there, in at most 270 s: streams, threads, memory, models, Triton
 #   bash bench/gpu.sh smoke bench            stages by name, of A, of B, or sweep: all other shapes, and fp32
 #
+# Each call has a folder of results of its own.
+#
 # FOLDER travels with the checkout. Without WHEELS, or where the wheel does not load, install builds from source.
 # Results go to $OUT, else to bench/results/<GPU>-<date>-<part>: log.txt of all stages, summary.txt, ops.json, ops.txt,
 # kernels.txt and prefill.json. A stage that fails, or is cut short, costs the others nothing: it ends when its seconds
@@ -16,8 +18,9 @@ cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] && PYTHON=${PYTHON:-.venv/bin/python}
 export PYTHON=${PYTHON:-python3} SITE=${SITE:-$PWD/out/gpu-site}
 
-A=(install:60 info:25 smoke:30 kernels:25 bench:65 native:65)
-B=(install:60 streams:45 memcheck:35 prefill:55 triton:25 triton-times:20 soak:10 jax:10 racecheck:10)
+# install has time for a build from source; a wheel leaves most of it to the others.
+A=(install:100 info:20 smoke:25 kernels:25 bench:55 native:45)
+B=(install:100 streams:40 memcheck:30 prefill:45 triton:20 triton-times:15 soak:5 jax:10 racecheck:5)
 ALONE=(sweep:240)
 
 sources() { # of what a wheel is built from
@@ -33,6 +36,9 @@ wheels() { # folder
   TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0a} CMAKE_ARGS=-DLVTP_CUDA=ON \
     "$PYTHON" -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir "$1" . || return
   PIP_CONSTRAINT=constraints.txt "$PYTHON" -m pip download --quiet --no-deps --dest "$1" transformers || return
+  "$PYTHON" -m zipfile -l "$1"/lvtp-*.whl | grep -q liblvtp_cuda || {
+    echo 'the wheel has no CUDA library: is there an nvcc?' >&2 && return 1
+  }
   echo "$(git rev-parse HEAD)$(git diff --quiet HEAD || echo ', with changes')" >"$1/COMMIT"
   sources >"$1/SOURCES"
   ls -l "$1"
@@ -70,8 +76,10 @@ case ${1:-} in
     wheels "${2:-out/wheels}"
     exit
     ;;
-  A) stages=("${A[@]}") ;;
-  B) stages=("${B[@]}") ;;
+  A | B)
+    (($# == 1)) || usage
+    [ "$1" = A ] && stages=("${A[@]}") || stages=("${B[@]}")
+    ;;
   *)
     stages=()
     for name in "$@"; do
@@ -79,6 +87,9 @@ case ${1:-} in
       stages+=("$found")
     done
     ((${#stages[@]})) || usage
+    [ "$(printf '%s\n' "$@" | grep -cE '^(bench|triton-times|sweep)$')" -le 1 ] || {
+      echo 'bench, triton-times and sweep each write ops.json: one of them a call' >&2 && exit 2
+    }
     [ -d "$SITE/lvtp" ] || [ "$1" = install ] || stages=("${A[0]}" "${stages[@]}")
     ;;
 esac
@@ -102,9 +113,14 @@ export PYTHONPATH=$SITE:$PWD PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
 cp "$summary" "$log"
 
 tests=("$PYTHON" -m pytest -v --tb=short -p no:cacheprovider -m gpu --continue-on-collection-errors)
-"$PYTHON" -c 'import pytest_timeout' 2>/dev/null && tests+=(--timeout 60 --timeout-method thread)
-workers=()
-"$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n 8 --dist loadfile) # an illegal access then costs one file
+# What hangs ends its process after 15 s. After an illegal access a worker ends, too (tests/conftest.py), and another one
+# goes on with the rest of the file.
+"$PYTHON" -c 'import pytest_timeout' 2>/dev/null && tests+=(--timeout 15 --timeout-method thread)
+alone=() workers=()
+"$PYTHON" -c 'import xdist' 2>/dev/null && alone=(-n 1 --dist loadfile --max-worker-restart 8) \
+  workers=(-n 8 --dist loadfile --max-worker-restart 8)
+# Many processes at once: OpenMP's waiting threads would take the cores from those that work.
+export OMP_WAIT_POLICY=passive OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 # The files with tests on devices, the longest first: to collect all files takes each worker seconds.
 mapfile -t files < <({ printf 'tests/test_%s.py\n' psca prune_sid id_selection
   grep -lE '^def .*\b(device|backend)\b|mark\.gpu' tests/test_*.py; } | grep -v -e test_gpu -e test_jax | awk '!seen[$0]++')
@@ -119,9 +135,9 @@ command_of() { # stage -> command
     kernels) command=("$PYTHON" -m bench.kernels "$results") ;;
     bench) command=("$PYTHON" -m bench.gpu "$results") ;;
     native) command=("${tests[@]}" "${workers[@]}" "${files[@]}" -k 'not triton and not reference') ;;
-    streams) command=("${tests[@]}" tests/test_gpu.py -k 'not triton') ;;
+    streams) command=("${tests[@]}" "${alone[@]}" tests/test_gpu.py -k 'not triton') ;;
     memcheck) command=("${sanitizer[@]}" --tool memcheck "$PYTHON" -m bench.smoke --small) ;;
-    prefill) command=("$PYTHON" -m bench.prefill --device cuda --seconds 8 --out "$results") ;;
+    prefill) command=(env -u OMP_NUM_THREADS "$PYTHON" -m bench.prefill --device cuda --seconds 8 --out "$results") ;;
     triton) command=("${tests[@]}" "${workers[@]}" "${files[@]}" tests/test_gpu.py -k triton) ;;
     triton-times) command=("$PYTHON" -m bench.gpu "$results" --beside triton published) ;;
     soak) command=("$PYTHON" -m bench.soak --minutes 0.1) ;;
@@ -142,7 +158,7 @@ for stage in "${stages[@]}"; do
   printf '\n== %s\n' "$name" | tee -a "$log"
   timeout --signal=INT --kill-after=10 "$limit" "${command[@]}" >>"$log" 2>&1
   status=$?
-  said=$(tail -c +$((begin + 1)) "$log" | grep -v '^\s*$' | tail -n +2)
+  said=$(tail -c +$((begin + 1)) "$log" | grep -av '^\s*$' | tail -n +2)
   tail -n 12 <<<"$said" | cut -c 1-400
   case $status in
     0) ended=done ;;
@@ -151,6 +167,7 @@ for stage in "${stages[@]}"; do
   esac
   [ "$status" = 0 ] || failed=$((failed + 1))
   printf '%-12s %4d s  %s\n' "$name" $((SECONDS - started)) "$ended" >>"$summary"
+  [ "$name" != install ] || [ "$status" = 0 ] || { echo 'nothing is installed: the other stages are left out' | tee -a "$summary" && break; }
 done
 printf '\n== summary\n' && cat "$summary"
 exit "$failed"

@@ -55,6 +55,23 @@ def pytest_collection_modifyitems(config, items):
     config.hook.pytest_deselected(items=dropped)
 
 
+_failed = False  # the test before, in this process
+
+
+def pytest_runtest_logreport(report):
+    global _failed
+    _failed = report.failed if report.when == "setup" else _failed or report.failed
+
+
+def pytest_runtest_logstart():
+    """After an illegal access nothing runs on the device any more: the worker ends, and another one goes on."""
+    if _failed and os.environ.get("PYTEST_XDIST_WORKER") and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)
+
+
 @pytest.fixture(autouse=INTERPRETED)
 def small_blocks(monkeypatch):
     """So that loops over blocks take several turns at the sizes an interpreter can do."""

@@ -28,8 +28,8 @@ WIDE = {
 }
 CALLS = (*OPERATORS, *WIDE)
 CYCLES = 20_000_000  # about 10 ms
-# A device takes 1024 launches that it has not begun; with the next the host waits. Triton's kernels for these are
-# nearly as many.
+# The queue of launches that have not begun has an end, at which the host waits. Triton's kernels for these, some 800,
+# may not fit.
 LONG = ("psca", "prune_sid")
 
 

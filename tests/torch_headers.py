@@ -67,7 +67,9 @@ def main() -> int:
         include, wanted = headers(version), units()
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             errors = list(filter(None, pool.map(partial(compile_unit, include=include), wanted)))
-        print(*errors, f"torch {version}: {len(wanted) - len(errors)} of {len(wanted)} files compile", sep="\n")
+        launchers = sum("USE_CUDA" in unit["command"] for unit in wanted)  # none without an nvcc
+        summary = f"{len(wanted) - len(errors)} of {len(wanted)} files compile, {launchers} CUDA launchers among them"
+        print(*errors, f"torch {version}: {summary}", sep="\n", flush=True)
         failed += bool(errors)
     return min(failed, 1)
 

@@ -8,19 +8,21 @@ Prints a line for each version; the exit code is 1 if one of them failed.
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
+FILELOCK = re.search(r'"(filelock[^"]*)"', (HERE.parents[1] / "pyproject.toml").read_text())[1]  # what lmms-eval takes
 
 
 def run(version: str, arguments: list[str]) -> bool:
     """Whether the tests pass; prints what pytest says last, after what failed."""
     with tempfile.TemporaryDirectory() as folder:
         install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-warn-conflicts", "--target", folder]
-        subprocess.run([*install, f"transformers=={version}"], check=True)
+        subprocess.run([*install, f"transformers=={version}", FILELOCK], check=True)
         paths = [folder, *filter(None, [os.environ.get("PYTHONPATH")])]
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", str(HERE), *arguments],
