@@ -27,6 +27,7 @@ class CachedPrompt:
     width: int  # columns of the caller's sequence that these are
     skipped: Tensor  # int64 [R]: how far the next position runs ahead of the number of tokens cached
     pruned: bool  # whether tokens are missing
+    padded: bool  # whether any column is padding
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Turn:
     covered: int  # L
     skipped: Tensor  # int64 [R]: as in `CachedPrompt`
     pruned: bool  # whether tokens are missing in the cache
+    padded: bool  # whether any of its columns may be padding
 
     @property
     def before(self) -> Before:
@@ -80,6 +82,8 @@ class Turn:
             generating: for `generate`, which cuts what it does not need; a call of the model takes N' columns.
             pad_token_id: what stands for padding among the cached tokens.
         """
+        if not (generating or self.padded or new.get("attention_mask") is not None):
+            return new  # a mask of ones would be read at every step, to find that it is not needed
         mask = mask_of(new)
         call = {**new, "attention_mask": torch.cat([self.real.to(mask), mask], dim=1)}
         if not generating:
@@ -134,7 +138,8 @@ def begin(
     skipped = torch.zeros_like(columns[:, 0]) if known is None else known.skipped.to(real.device)
     if not (generating or by_itself):  # a call of the model alone numbers columns, those of padding, too
         skipped = skipped + (~real[:, 0 if known is None else known.columns.shape[1] :]).sum(dim=1)
-    turn = Turn(call, last_columns(call, new), whole, columns, real, covered, skipped, pruned)
+    padded = mask is not None or (known is not None and known.padded)
+    turn = Turn(call, last_columns(call, new), whole, columns, real, covered, skipped, pruned, padded)
     if whole and pruned:
         _check_prompt(turn, placeholders, name)
     if known is None and by_itself:
@@ -165,7 +170,7 @@ def after(
     if not restored:
         width = columns.shape[1]
         columns = torch.where(real, torch.arange(width, device=real.device), -1)
-    return CachedPrompt(columns, width, position.to(real.device) - real.sum(dim=1), pruned)
+    return CachedPrompt(columns, width, position.to(real.device) - real.sum(dim=1), pruned, not bool(real.all()))
 
 
 def prompt_in(cache: Cache) -> CachedPrompt | None:
